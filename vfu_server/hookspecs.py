@@ -1,0 +1,45 @@
+"""The one hook by which a plugin meets the server, and the markers for it.
+
+A plugin is a module (or object) under the entry point group `vfu_server`. It is asked once for each device; after that methods of the
+`Device` that it returned are called, never a hook again.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from vfu_server.device import Device, ModelCommand
+    from vfu_server.host_device import HostDevice
+
+PROJECT = "vfu_server"
+API_VERSION = 1
+"""Version of the plugin contract. A plugin module states the one it was written for as `VFU_SERVER_API`."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def vfu_server_probe(host: "HostDevice", options: Mapping[str, str]) -> "Device | None":
+    """Take the device behind `host`, or return None if it is not one of yours.
+
+    Called once for each device, before any client. It may read config space and registers, and must change nothing. All answers are
+    collected: exactly one plugin must take the device. `options` are the operator's `--option K=V`; an unknown key is a UsageError.
+    Raises UsageError (the operator's mistake), HostError (the device does not answer).
+    """
+
+
+@hookspec
+def vfu_server_models() -> "Mapping[str, ModelCommand]":
+    """The software models that this plugin ships, by the name that `--model NAME` takes."""
+
+
+@hookspec
+def vfu_server_describe(options: Mapping[str, str]) -> "Mapping[str, object]":
+    """What `--show-policy` and `--list-plugins` print without a device.
+
+    Keys: `summary` (one sentence) and `policies`, a mapping from a variant's name (a profile, a device family) to
+    `(Policy, {region index: size in bytes})`.
+    """
