@@ -42,7 +42,7 @@ class Listed(NamedTuple):
 def offers(folder: Path, tried: list[str]) -> Iterator[Offer]:
     """Tarballs that may hold the library: what the indices list, then the pinned file.
 
-    Each is downloaded into `folder` when it is asked for. What cannot be had is added to `tried`, without a host's name.
+    Each is downloaded into `folder` when asked for. What cannot be had is added to `tried`, without a host's name.
     """
     mirrors = mirror_uris()
     if not mirrors:
