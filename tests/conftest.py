@@ -1,0 +1,3 @@
+"""What holds for every test: a time limit."""
+
+pytest_plugins = ["tests.deadline"]
