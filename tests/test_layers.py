@@ -12,12 +12,12 @@ PACKAGE = "vfu_server"
 # High to low. A name stands for the module and all below it, and the longest match counts. A new module is added here.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "demo", "__main__"),
-    ("server", "plugins", "config", "notify", "sockets", "logs", "metrics"),
+    ("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "exit_codes"),
     ("session", "model_server", "testing"),
     ("migration", "dma", "irq", "region"),
     ("libvfio_user", "host"),
     ("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "model", "pciconfig"),
-    ("uapi", "errors", "exit_codes"),
+    ("uapi", "errors"),
 )
 ROW_OF = {entry: number for number, row in enumerate(ROWS) for entry in row}
 KIT = ROW_OF["device"]

@@ -156,12 +156,12 @@ def _index(mirror: str, suite: str, scratch: Path, tried: list[str]) -> list[Lis
         tried.append(f"the source index of {suite}: {_reason(update.stdout + update.stderr)}")
     listing = _run(["apt-cache", "showsrc", "--only-source", "qemu"], environment)
     for stanza in listing.stdout.split("\n\n"):
-        found.update(_tarballs(stanza))
+        found.update(tarballs(stanza))
     shutil.rmtree(home)
     return sorted(found, key=lambda listed: found[listed], reverse=True)
 
 
-def _tarballs(stanza: str) -> Iterator[tuple[Listed, tuple[int, ...]]]:
+def tarballs(stanza: str) -> Iterator[tuple[Listed, tuple[int, ...]]]:
     """The orig tarball of one stanza of a Sources index, when its version is new enough."""
     directory = re.search(r"^Directory: (\S+)$", stanza, re.MULTILINE)
     version = re.search(r"^Version: (?:\d+:)?(\d+(?:\.\d+)*)", stanza, re.MULTILINE)

@@ -54,7 +54,7 @@ def check(folder: Path) -> Source:
             f"{folder} holds a revision of libvfio-user with VFU_MIGR_CALLBACKS_VERS {version or 'undefined'}, "
             f"wanted is {MIGRATION_VERSION} (revision {REVISION}): sources of QEMU before 11.1 carry the old one"
         )
-    expected, found = wanted(), _listing(folder)
+    expected, found = wanted(), listing(folder)
     digest = digest_of(found)
     if digest == digest_of(expected):
         return Source(folder, digest, REVISION)
@@ -69,7 +69,7 @@ def check(folder: Path) -> Source:
     )
 
 
-def _listing(folder: Path) -> dict[str, str]:
+def listing(folder: Path) -> dict[str, str]:
     """Digests of the listed files as far as they exist, and of every header, listed or not."""
     headers = (
         path.relative_to(folder).as_posix() for part in ("include", "lib") for path in folder.glob(f"{part}/**/*.h")
