@@ -1,0 +1,91 @@
+"""The bounded ring through which a device's state flows between a coroutine and the pump.
+
+Bytes are copied once, without the GIL; whoever finds the ring full or empty sleeps. It knows nothing of what the bytes mean.
+"""
+
+import errno
+
+import trio
+
+from vfu_server.errors import MigrationError
+from vfu_server.libvfio_user.native import ffi, lib
+
+
+class Ring:
+    """Migration data of one device: `send` while it is saved, `receive` while it is loaded.
+
+    `open_save`, `open_load` and `close` may be called only from the handler of the message that asks for it, or without a client.
+    """
+
+    def __init__(self, device: object) -> None:
+        self._device = device
+        self._fd = int(lib.vs_device_ring_fd(device))
+
+    def open_save(self, *, pre_copy: bool) -> None:
+        """Begin a save: what `send` gives, the client reads. In pre-copy an empty ring is answered at once (ENOMSG)."""
+        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_SAVE, pre_copy))
+
+    def open_load(self) -> None:
+        """Begin a load: what the client writes, `receive` gives."""
+        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_LOAD, False))
+
+    def close(self) -> None:
+        """End the session; what is still inside is dropped, and the buffer given back."""
+        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_CLOSED, False))
+
+    def end_pre_copy(self) -> None:
+        """From now on a reader waits for data instead of being told that there is none for now."""
+        lib.vs_device_ring_nowait(self._device, False)
+
+    def finish(self) -> None:
+        """This was all: a reader gets 0 bytes behind it, a receiver None."""
+        lib.vs_device_ring_eof(self._device)
+
+    def fail(self, error: int) -> None:
+        """Answer the client's further reads or writes with errno `error`."""
+        lib.vs_device_ring_error(self._device, error)
+
+    @property
+    def wanted(self) -> bool:
+        """A client's read waits for bytes that are not there."""
+        return bool(lib.vs_device_ring_wanted(self._device))
+
+    @property
+    def total(self) -> int:
+        """Bytes that went in since the session was opened."""
+        return int(lib.vs_device_ring_total(self._device))
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Put all of `data`, waiting for room. MigrationError if the session is over."""
+        view = memoryview(data).cast("B")
+        at = 0
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while at < len(view):
+            with ffi.from_buffer(view[at:]) as buffer:
+                n = int(lib.vs_device_ring_write(self._device, buffer, len(view) - at))
+            self._check(n)
+            at += n
+            if at < len(view):
+                await self._wait()
+
+    async def receive(self, size: int = 1 << 20) -> bytes | None:
+        """Up to `size` bytes, waiting for some; None when the writer has said that this was all."""
+        buffer = ffi.new("uint8_t[]", size)
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            n = int(lib.vs_device_ring_read(self._device, buffer, size))
+            if n == -errno.ENODATA:
+                return None
+            if self._check(n) > 0:
+                return bytes(ffi.buffer(buffer, n))
+            await self._wait()
+
+    async def _wait(self) -> None:
+        await trio.lowlevel.wait_readable(self._fd)
+        lib.vs_drain_fd(self._fd)
+
+    @staticmethod
+    def _check(result: int) -> int:
+        if result < 0:
+            raise MigrationError("the migration data session is over", -result)
+        return result
