@@ -14,7 +14,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "demo", "__main__"),
     ("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "exit_codes"),
     ("session", "model_server", "testing"),
-    ("migration", "dma", "irq", "region"),
+    ("migration", "feature", "dma", "irq", "region"),
     ("libvfio_user", "host"),
     ("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "model", "pciconfig"),
     ("uapi", "errors"),
