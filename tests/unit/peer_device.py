@@ -22,7 +22,7 @@ REG_KEPT = 0x24
 
 
 class PeerDevice(threading.Thread):
-    """Serves `sock` until its end. `log` has (command, detail) of each message, `refuse` maps such a pair to an errno."""
+    """Serves `sock` to its end. `log` has (command, detail) of all messages, `refuse` maps a pair to an errno."""
 
     def __init__(self, sock, *, migration=7, data=b"", resets=True):
         super().__init__(daemon=True)
