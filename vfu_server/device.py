@@ -1,7 +1,7 @@
 """The contract between the server and a vendor's plugin: the `Device` that a plugin returns from its probe.
 
-A Device knows its hardware and the door to it. It knows nothing of clients, sockets, streams on the wire or the state table: the session
-calls it one step at a time and never two coroutines of one device at once.
+A Device knows its hardware and the door to it. It knows nothing of clients, sockets, streams on the wire or the state
+table: the session calls it one step at a time and never two coroutines of one device at once.
 """
 
 import enum
@@ -38,8 +38,8 @@ class SavePhase(enum.Enum):
 class Section:
     """A part of the saved state as the plugin wrote it.
 
-    `tag` is the plugin's own name for it (ASCII, 1 to 16 characters), `version` its layout. An `optional` section may be skipped by a
-    reader that does not know it.
+    `tag` is the plugin's own name for it (ASCII, 1 to 16 characters), `version` its layout. An `optional` section may
+    be skipped by a reader that does not know it.
     """
 
     tag: str
@@ -49,7 +49,9 @@ class Section:
 
 
 class Sink(Protocol):
-    """Where a save puts its sections. Sending waits while the client has not fetched what is there: memory stays bounded."""
+    """Where a save puts its sections. Sending waits while the client has not fetched what is there: memory stays
+    bounded.
+    """
 
     async def send(self, section: Section) -> None:
         """Put one section."""
@@ -70,8 +72,8 @@ class Capabilities:
 class StateIdentity:
     """What must be equal (or accepted by `check_identity`) on both sides of a migration.
 
-    `state_version` is that of the plugin's own sections, `variant` the plugin's name for the kind of device (profile, family),
-    `firmware` may be empty, `features` are bits of the plugin's choice.
+    `state_version` is that of the plugin's own sections, `variant` the plugin's name for the kind of device (profile,
+    family), `firmware` may be empty, `features` are bits of the plugin's choice.
     """
 
     variant: str
@@ -92,9 +94,9 @@ class ModelCommand:
 class Device(ABC):
     """One device under a plugin's care.
 
-    Life: constructed by the probe; `start`, `stop`, `save`, `load`, `load_done` and `reset` as the client's migration states demand;
-    `aclose` at the end. A device is found running and is left running or reset. `lock` is for what trap methods (called from the pump's
-    thread) and coroutines share; it must never be held over an await.
+    Life: constructed by the probe; `start`, `stop`, `save`, `load`, `load_done` and `reset` as the client's migration
+    states demand; `aclose` at the end. A device is found running and is left running or reset. `lock` is for what trap
+    methods (called from the pump's thread) and coroutines share; it must never be held over an await.
     """
 
     def __init__(self, host: HostDevice) -> None:
@@ -122,14 +124,20 @@ class Device(ABC):
 
     def trap_read(self, region: int, offset: int, width: int) -> int:
         """Value of a read that the policy answers with TRAP. Raises VfuServerError: its errno is the reply."""
-        raise PluginError(f"{type(self).__name__} declares TRAP for reads of region {region} at {offset:#x} but has no trap_read")
+        raise PluginError(
+            f"{type(self).__name__} declares TRAP for reads of region {region} at {offset:#x} but has no trap_read"
+        )
 
     def trap_write(self, region: int, offset: int, width: int, value: int) -> None:
         """Take a write that the policy answers with TRAP."""
-        raise PluginError(f"{type(self).__name__} declares TRAP for writes of region {region} at {offset:#x} but has no trap_write")
+        raise PluginError(
+            f"{type(self).__name__} declares TRAP for writes of region {region} at {offset:#x} but has no trap_write"
+        )
 
     def shadow_write(self, region: int, offset: int, width: int, value: int) -> None:
-        """Apply a write that was kept while the policy answered SHADOW; called in order, after `start`, in the session's thread."""
+        """Apply a write that was kept while the policy answered SHADOW; called in order, after `start`, in the
+        session's thread.
+        """
         self.host.write(region, offset, width, value)
 
     # state changes: coroutines of the session's task
@@ -138,8 +146,8 @@ class Device(ABC):
     async def stop(self, kind: StopKind) -> None:
         """Bring the device to rest. The policy has been switched before: no new access comes in.
 
-        May wait (with a deadline of its own below 4 s; pre-copy has none). If it raises, the device must go on as before: the session then switches
-        the policy back and the client keeps its old state.
+        May wait (with a deadline of its own below 4 s; pre-copy has none). If it raises, the device must go on as
+        before: the session then switches the policy back and the client keeps its old state.
         """
 
     @abstractmethod
@@ -156,20 +164,26 @@ class Device(ABC):
 
     @abstractmethod
     async def save(self, phase: SavePhase, sink: Sink) -> None:
-        """Give the device's state to `sink`. STOP_COPY: once, the device stopped; it must be left such that `start` goes on as before.
+        """Give the device's state to `sink`. STOP_COPY: once, the device stopped; it must be left such that `start`
+        goes on as before.
 
-        Cancelled when the client gives up; the device must then still be startable. Raises: the save fails with that errno.
+        Cancelled when the client gives up; the device must then still be startable. Raises: the save fails with that
+        errno.
         """
 
     def check_identity(self, identity: StateIdentity) -> None:
-        """Raise StreamMismatchError if state of `identity` cannot be loaded. The default asks for equality but for features."""
+        """Raise StreamMismatchError if state of `identity` cannot be loaded. The default asks for equality but for
+        features.
+        """
         from vfu_server.errors import StreamMismatchError
 
         mine = self.identity
         for name in ("variant", "state_version", "firmware"):
             theirs_value, mine_value = getattr(identity, name), getattr(mine, name)
             if theirs_value != mine_value:
-                raise StreamMismatchError(f"the state was saved for {name} {theirs_value!r}, this device has {mine_value!r}")
+                raise StreamMismatchError(
+                    f"the state was saved for {name} {theirs_value!r}, this device has {mine_value!r}"
+                )
 
     async def load_begin(self) -> None:
         """RESUMING was entered: forget what an earlier, abandoned load has left."""
@@ -181,7 +195,8 @@ class Device(ABC):
 
     @abstractmethod
     async def load_done(self) -> None:
-        """All sections are in and checked: write them to the hardware and verify by reading back. The device stays stopped.
+        """All sections are in and checked: write them to the hardware and verify by reading back. The device stays
+        stopped.
 
         Interrupts are set up by the client already. Raises StreamFormatError (something is missing), RestoreError.
         """

@@ -1,7 +1,7 @@
 """The one hook by which a plugin meets the server, and the markers for it.
 
-A plugin is a module (or object) under the entry point group `vfu_server`. It is asked once for each device; after that methods of the
-`Device` that it returned are called, never a hook again.
+A plugin is a module (or object) under the entry point group `vfu_server`. It is asked once for each device; after that
+methods of the `Device` that it returned are called, never a hook again.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def vfu_server_probe(host: "HostDevice", options: Mapping[str, str]) -> "Device | None":
     """Take the device behind `host`, or return None if it is not one of yours.
 
-    Called once for each device, before any client. It may read config space and registers, and must change nothing. All answers are
-    collected: exactly one plugin must take the device. `options` are the operator's `--option K=V`; an unknown key is a UsageError.
-    Raises UsageError (the operator's mistake), HostError (the device does not answer).
+    Called once for each device, before any client. It may read config space and registers, and must change nothing. All
+    answers are collected: exactly one plugin must take the device. `options` are the operator's `--option K=V`; an
+    unknown key is a UsageError. Raises UsageError (the operator's mistake), HostError (the device does not answer).
     """
 
 

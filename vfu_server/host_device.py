@@ -2,14 +2,16 @@
 
 Doors implement it; the session and plugins use it. It must not know which kernel or socket is behind it.
 
-Register access is synchronous: a few microseconds on hardware, bounded by a deadline of a second on a socket. Everything that may
-take longer is a coroutine.
+Register access is synchronous: a few microseconds on hardware, bounded by a deadline of a second on a socket.
+Everything that may take longer is a coroutine.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from vfu_server.uapi import Command
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class DmaMap:
-    """Guest memory at `iova`: `size` bytes of `fd` from `fd_offset`; fd -1: reachable by messages only. `prot`: uapi.DMA_FLAG_*."""
+    """Guest memory at `iova`: `size` bytes of `fd` from `fd_offset`; fd -1: reachable by messages only. `prot`:
+    uapi.DMA_FLAG_*.
+    """
 
     iova: int
     size: int
@@ -70,7 +74,9 @@ class DmaMap:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Memory of our own that the device can reach by DMA at `iova`, `len(memory)` bytes, read and written by us as `memory`."""
+    """Memory of our own that the device can reach by DMA at `iova`, `len(memory)` bytes, read and written by us as
+    `memory`.
+    """
 
     iova: int
     memory: memoryview
@@ -109,6 +115,9 @@ class HostDevice(Protocol):
     """All five interrupt indexes."""
     can_reset: bool
     """VFIO_DEVICE_RESET (or its like) exists."""
+    relay: Callable[[Command, bytes], Awaitable[bytes]] | None
+    """Set by the session: sends DMA_READ or DMA_WRITE to the client. For doors whose device reaches memory by messages.
+    """
 
     def read(self, region: int, offset: int, width: int) -> int:
         """Register read of 1, 2, 4 or 8 bytes, little-endian, in one access."""
@@ -130,8 +139,11 @@ class HostDevice(Protocol):
         """Ids from config space."""
         ...
 
-    async def set_irqs(self, index: int, flags: int, start: int, count: int, data: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """VFIO_DEVICE_SET_IRQS. `fds` are eventfds in order start..; with DATA_EVENTFD and no fds: those vectors are disarmed.
+    async def set_irqs(
+        self, index: int, flags: int, start: int, count: int, data: bytes = b"", fds: Sequence[int] = ()
+    ) -> None:
+        """VFIO_DEVICE_SET_IRQS. `fds` are eventfds in order start..; with DATA_EVENTFD and no fds: those vectors are
+        disarmed.
 
         The fds are passed on (or duplicated); the caller keeps and closes its own.
         """
@@ -150,15 +162,20 @@ class HostDevice(Protocol):
         ...
 
     async def reset(self) -> str:
-        """Bring the device back to its reset state by the best means there is; returns its name. HostError if none worked."""
+        """Bring the device back to its reset state by the best means there is; returns its name. HostError if none
+        worked.
+        """
         ...
 
     async def device_feature(self, flags: int, data: bytes = b"", reply_size: int = 0) -> bytes:
-        """VFIO_DEVICE_FEATURE without its header; returns the data behind the header. HostError ENOTTY where not supported."""
+        """VFIO_DEVICE_FEATURE without its header; returns the data behind the header. HostError ENOTTY where not
+        supported.
+        """
         ...
 
     def scratch(self, size: int, limit: int = 1 << 64) -> AbstractAsyncContextManager[Scratch | None]:
-        """DMA memory of our own below IOVA `limit` for the time of the `async with`; None where the door cannot give any.
+        """DMA memory of our own below IOVA `limit` for the time of the `async with`; None where the door cannot give
+        any.
 
         Only while the device is stopped: it may take the place of guest memory for that time, and gives it back.
         """

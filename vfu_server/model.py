@@ -1,7 +1,7 @@
 """The contract of a software model: hardware written as a class, served over vfio-user by `model_server`.
 
-A model knows its registers and its bus. It knows nothing of sockets, clients or migration: state that a migration moves is moved by a
-plugin through the model's registers and DMA, as on hardware.
+A model knows its registers and its bus. It knows nothing of sockets, clients or migration: state that a migration moves
+is moved by a plugin through the model's registers and DMA, as on hardware.
 
 All methods of a model and all callbacks it asks for run under one lock of the server, one at a time.
 """
@@ -32,8 +32,8 @@ class Bus(Protocol):
     def dma_read(self, iova: int, length: int) -> bytes:
         """Read client memory. BusError if any byte is unmapped, write-only, or bus mastering is off.
 
-        Not from `read` or `write` of the model (the client waits for their answer and may not serve us): use `call_later(0, ...)`.
-        Accesses of the client may be served while it waits.
+        Not from `read` or `write` of the model (the client waits for their answer and may not serve us): use
+        `call_later(0, ...)`. Accesses of the client may be served while it waits.
         """
         ...
 
@@ -96,7 +96,9 @@ class Access:
 
 @dataclass(slots=True)
 class Faults:
-    """Faults to order, by name, for tests: `name -> how many times still` (-1: always). A model documents the names it knows."""
+    """Faults to order, by name, for tests: `name -> how many times still` (-1: always). A model documents the names it
+    knows.
+    """
 
     armed: dict[str, int] = field(default_factory=dict)
 
@@ -138,7 +140,9 @@ class Model(ABC):
         return None
 
     def bus_reset(self) -> None:
-        """A client has gone: the part of a machine reset that reaches every device is done by the server; most models do nothing."""
+        """A client has gone: the part of a machine reset that reaches every device is done by the server; most models
+        do nothing.
+        """
         return None
 
 

@@ -1,4 +1,5 @@
-"""The access policy as data: what is answered to a client's access, for each byte range of a region and each class of states.
+"""The access policy as data: what is answered to a client's access, for each byte range of a region and each class of
+states.
 
 Policy knows nothing of how the table is walked (C does that) or of who asks; it declares, checks and prints.
 """
@@ -43,7 +44,9 @@ class Answer(enum.IntEnum):
     TRAP = 2
     """The plugin's `trap_read` or `trap_write`."""
     SHADOW = 3
-    """Reads: the value snapshot when the class was switched. Writes: kept in the snapshot, given to the plugin on start."""
+    """Reads: the value snapshot when the class was switched. Writes: kept in the snapshot, given to the plugin on
+    start.
+    """
     DISCARD = 4
     """Reads: all ones. Writes: dropped. Counted."""
     MMAP = 5
@@ -91,8 +94,8 @@ class Answers:
 class Rule:
     """What is answered to accesses of `[start, start + length)` of region `region`.
 
-    `widths` is a set of WIDTH_ bits that the hardware allows; another width is refused with EINVAL. `reason` says in one sentence
-    why, for the print-out. `errno` is what REFUSE answers.
+    `widths` is a set of WIDTH_ bits that the hardware allows; another width is refused with EINVAL. `reason` says in
+    one sentence why, for the print-out. `errno` is what REFUSE answers.
     """
 
     region: int
@@ -141,14 +144,17 @@ class Policy:
         return Policy((*self.rules, rule), self.p2p, self.p2p_reason, self.mmap_never)
 
     def check(self, region_sizes: dict[int, int]) -> None:
-        """Raise PluginError for what cannot be meant: overlap, out of the region, no width, unaligned MMAP, MMAP in one direction."""
+        """Raise PluginError for what cannot be meant: overlap, out of the region, no width, unaligned MMAP, MMAP in one
+        direction.
+        """
         for rule in self.rules:
             _check_rule(rule, region_sizes)
         ordered = sorted(self.rules, key=lambda rule: (rule.region, rule.start))
         for before, after in zip(ordered, ordered[1:], strict=False):
             if before.region == after.region and before.end > after.start:
                 raise PluginError(
-                    f"policy: rules {before.name!r} and {after.name!r} overlap in region {before.region} at {after.start:#x}"
+                    f"policy: rules {before.name!r} and {after.name!r} overlap in region {before.region} at
+                    {after.start:#x}"
                 )
 
     def gaps(self, region_sizes: dict[int, int]) -> Iterable[tuple[int, int, int]]:
@@ -177,4 +183,6 @@ def _check_rule(rule: Rule, region_sizes: dict[int, int]) -> None:
         if rule.start % PAGE_SIZE or rule.length % PAGE_SIZE:
             raise PluginError(f"{where} is an MMAP area but not aligned to pages of {PAGE_SIZE} bytes")
         if not (rule.read.running == rule.write.running == Answer.MMAP):
-            raise PluginError(f"{where}: MMAP cannot be taken back, so it must be the answer to reads and writes while running")
+            raise PluginError(
+                f"{where}: MMAP cannot be taken back, so it must be the answer to reads and writes while running"
+            )

@@ -1,8 +1,9 @@
 """One device presented to one client at a time: declarations go down to C, events and traps come up.
 
-A trap's life: (1) the pump's thread runs the library; (2) the library calls our C table, which calls `vs_trap` with our handle and takes
-the GIL; (3) `vs_trap` finds the Context and calls one method of its TrapTarget; (4) a VfuServerError becomes the errno of the reply, any
-other exception is kept as a Fault event, and the client gets EIO; (5) the Fault wakes trio, where the session logs and counts it.
+A trap's life: (1) the pump's thread runs the library; (2) the library calls our C table, which calls `vs_trap` with our
+handle and takes the GIL; (3) `vs_trap` finds the Context and calls one method of its TrapTarget; (4) a VfuServerError
+becomes the errno of the reply, any other exception is kept as a Fault event, and the client gets EIO; (5) the Fault
+wakes trio, where the session logs and counts it.
 """
 
 import errno
@@ -20,7 +21,9 @@ from vfu_server.policy import NUM_ANSWERS, NUM_CLASSES, Answer, StateClass
 from vfu_server.uapi import MAX_DATA_XFER_SIZE, Command, HeaderFlag
 
 RING_SIZE = 4 << 20
-"""Bytes of migration data on their way; four of the largest messages, so that neither side waits for the other's wake-up."""
+"""Bytes of migration data on their way; four of the largest messages, so that neither side waits for the other's
+wake-up.
+"""
 
 
 class TrapTarget(Protocol):
@@ -117,7 +120,9 @@ class KeptWrite:
 
 @dataclass(frozen=True, slots=True)
 class ContextStatistics:
-    """Counters over all connections. `accesses` maps (answer, class, 'read' or 'write') to a count; zero counts are left out."""
+    """Counters over all connections. `accesses` maps (answer, class, 'read' or 'write') to a count; zero counts are
+    left out.
+    """
 
     messages: int
     replies: int
@@ -187,7 +192,9 @@ class Context:
     # connection
 
     def attach(self, sock_fd: int) -> None:
-        """Serve the client on a connected stream socket, which is taken over. OSError EBUSY before the last one was joined."""
+        """Serve the client on a connected stream socket, which is taken over. OSError EBUSY before the last one was
+        joined.
+        """
         self.drop_kept_writes()
         check(lib.vs_device_attach(self._device, sock_fd))
 
@@ -257,7 +264,8 @@ class Context:
     def request(self, command: Command, payload: bytes, timeout: float, room: int = MAX_DATA_XFER_SIZE + 16) -> bytes:
         """Send DMA_READ or DMA_WRITE to the client and wait `timeout` seconds for the reply's body.
 
-        Blocks without the GIL: call it from a worker thread, never from a trap (OSError EDEADLK) or a client would wait for itself.
+        Blocks without the GIL: call it from a worker thread, never from a trap (OSError EDEADLK) or a client would wait
+        for itself.
         """
         reply = ffi.new("uint8_t[]", room)
         n = check(lib.vs_device_request(self._device, command, payload, len(payload), reply, room, int(timeout * 1000)))
@@ -266,7 +274,8 @@ class Context:
     # policy
 
     def set_class(self, state_class: StateClass) -> None:
-        """Switch the answers. Waits, without the GIL, for the access in flight; ranges that become shadowed are snapshot then.
+        """Switch the answers. Waits, without the GIL, for the access in flight; ranges that become shadowed are
+        snapshot then.
 
         OSError EAGAIN: kept writes must be taken before the device may run again.
         """

@@ -1,9 +1,9 @@
 """The C doors as Python sees them: books of the client's DMA maps, and the memory behind them.
 
-`LocalMemory` is a model's: it has no device, only the client's memory. Its copies survive a client that cuts its file short.
+`LocalMemory` is a model's: it has no device, only the client's memory. Its copies survive a client that cuts its file
+short.
 """
 
-import errno
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,9 @@ class NativeDoor:
         check(result)
 
     def dma_unmap(self, iova: int, size: int) -> int:
-        """Remove every map inside the range; returns the bytes unmapped. OSError EINVAL if one would be cut: then none is."""
+        """Remove every map inside the range; returns the bytes unmapped. OSError EINVAL if one would be cut: then none
+        is.
+        """
         unmapped = ffi.new("uint64_t *")
         check(lib.vs_door_dma_unmap(self.pointer, iova, size, unmapped))
         return int(unmapped[0])
@@ -56,7 +58,9 @@ class NativeDoor:
         check(lib.vs_door_dma_unmap_all(self.pointer))
 
     def dma_maps(self, iova: int = 0, size: int = (1 << 64) - 1) -> list[DmaMap]:
-        """The maps that touch the range, by iova. Their fds stay the door's: use them before the next unmap, or duplicate them."""
+        """The maps that touch the range, by iova. Their fds stay the door's: use them before the next unmap, or
+        duplicate them.
+        """
         room = 64
         while True:
             maps = ffi.new("struct vs_map[]", room)
@@ -64,6 +68,17 @@ class NativeDoor:
             if n <= room:
                 return [DmaMap(m.iova, m.size, m.prot, m.fd, m.fd_offset) for m in maps[0:n]]
             room = n
+
+    def read(self, region: int, offset: int, length: int) -> bytes:
+        """Read of a region, in one access as far as the door can. Blocks without the GIL, for some seconds at worst."""
+        buffer = ffi.new("uint8_t[]", length)
+        check(lib.vs_door_access(self.pointer, region, offset, buffer, length, False))
+        return bytes(ffi.buffer(buffer, length))
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """Write to a region, in one access as far as the door can."""
+        buffer = ffi.new("uint8_t[]", data)
+        check(lib.vs_door_access(self.pointer, region, offset, buffer, len(data), True))
 
     def numbers(self) -> DoorNumbers:
         """Counters since it was opened."""
@@ -87,15 +102,19 @@ class LocalMemory(NativeDoor):
             raise MemoryError
         super().__init__(pointer)
 
-    def read(self, iova: int, length: int) -> bytes:
-        """`length` bytes at `iova`. OSError: EFAULT (unmapped, or the file was cut), EACCES (not readable), EREMOTE (by messages)."""
+    def load(self, iova: int, length: int) -> bytes:
+        """`length` bytes at `iova`. OSError: EFAULT (unmapped, or the file was cut), EACCES (not readable), EREMOTE (by
+        messages).
+        """
         buffer = ffi.new("uint8_t[]", max(length, 1))
         done = ffi.new("size_t *")
         check(lib.vs_local_copy(self.pointer, iova, buffer, length, False, done))
         return bytes(ffi.buffer(buffer, length))
 
-    def write(self, iova: int, data: bytes) -> None:
-        """Write `data` at `iova`; errors as `read`, EACCES: not writeable. What lies before the failing byte may be written."""
+    def store(self, iova: int, data: bytes) -> None:
+        """Write `data` at `iova`; errors as `load`, EACCES: not writeable. What lies before the failing byte may be
+        written.
+        """
         done = ffi.new("size_t *")
         with ffi.from_buffer(data) as buffer:
             check(lib.vs_local_copy(self.pointer, iova, ffi.cast("void *", buffer), len(data), True, done))
@@ -103,6 +122,3 @@ class LocalMemory(NativeDoor):
     def needs_messages(self, iova: int, length: int) -> bool:
         """Whether any byte of the range lies in a map without fd, so that DMA must go by messages."""
         return any(m.fd < 0 for m in self.dma_maps(iova, length)) if length else False
-
-
-EREMOTE = errno.EREMOTE

@@ -1,13 +1,14 @@
 """The one import of the native extension, and how its results become Python's.
 
-C answers with 0, a count or a negative errno; here a negative one is raised as OSError, which callers turn into errors of their room.
+C answers with 0, a count or a negative errno; here a negative one is raised as OSError, which callers turn into errors
+of their room.
 """
 
 import os
 from collections.abc import Callable
 from typing import Any
 
-from vfu_server.libvfio_user import _native
+import vfu_server.libvfio_user._native as _native
 
 ffi: Any = _native.ffi
 lib: Any = _native.lib

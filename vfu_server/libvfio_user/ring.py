@@ -1,6 +1,7 @@
 """The bounded ring through which a device's state flows between a coroutine and the pump.
 
-Bytes are copied once, without the GIL; whoever finds the ring full or empty sleeps. It knows nothing of what the bytes mean.
+Bytes are copied once, without the GIL; whoever finds the ring full or empty sleeps. It knows nothing of what the bytes
+mean.
 """
 
 import errno
@@ -14,7 +15,8 @@ from vfu_server.libvfio_user.native import ffi, lib
 class Ring:
     """Migration data of one device: `send` while it is saved, `receive` while it is loaded.
 
-    `open_save`, `open_load` and `close` may be called only from the handler of the message that asks for it, or without a client.
+    `open_save`, `open_load` and `close` may be called only from the handler of the message that asks for it, or without
+    a client.
     """
 
     def __init__(self, device: object) -> None:

@@ -1,0 +1,84 @@
+"""DMA memory of our own inside the client's address space, for the time that a stopped device needs it.
+
+Works on the books of any C door: a hole below the device's limit is taken if there is one, else client maps step aside
+and come back. It knows nothing of what the device does with the memory.
+"""
+
+import mmap
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from vfu_server.errors import HostError
+from vfu_server.host_device import DmaMap, Scratch
+from vfu_server.libvfio_user.door import NativeDoor
+from vfu_server.uapi import DMA_FLAG_READ, DMA_FLAG_WRITE, PAGE_SIZE
+
+FIRST_IOVA = PAGE_SIZE
+"""Address 0 is left alone: too many devices take it for 'none'."""
+
+
+def find_hole(maps: Sequence[DmaMap], size: int, limit: int) -> int | None:
+    """The lowest free iova for `size` bytes that end at or below `limit`; `maps` sorted by iova."""
+    at = FIRST_IOVA
+    for m in maps:
+        if m.iova >= at + size:
+            break
+        at = max(at, m.iova + m.size)
+    return at if at + size <= limit else None
+
+
+@asynccontextmanager
+async def scratch_memory(door: NativeDoor, size: int, limit: int) -> AsyncIterator[Scratch]:
+    """Map `size` bytes (rounded up to pages) of fresh zeroed memory for the device below `limit`.
+
+    Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back.
+    """
+    size = -(-size // PAGE_SIZE) * PAGE_SIZE
+    iova = find_hole(door.dma_maps(0, limit), size, limit)
+    aside: list[DmaMap] = []
+    if iova is None:
+        iova = (limit - size) // PAGE_SIZE * PAGE_SIZE
+        if iova < 0:
+            raise HostError(f"no room for {size} bytes of scratch memory below {limit:#x}")
+        aside = [_keep(m) for m in door.dma_maps(iova, size)]
+    fd = os.memfd_create("vfu-scratch", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        for m in aside:
+            await trio.to_thread.run_sync(door.dma_unmap, m.iova, m.size)
+        with mmap.mmap(fd, size) as memory:
+            mine = DmaMap(iova, size, DMA_FLAG_READ | DMA_FLAG_WRITE, fd)
+            await trio.to_thread.run_sync(door.dma_map, mine)
+            try:
+                with memoryview(memory) as view:
+                    yield Scratch(iova, view)
+            finally:
+                with trio.CancelScope(shield=True), suppress(OSError):
+                    await trio.to_thread.run_sync(door.dma_unmap, iova, size)
+    except OSError as error:
+        raise HostError(f"no scratch memory for the device at iova {iova:#x}: {error.strerror}", error.errno) from error
+    finally:
+        os.close(fd)
+        with trio.CancelScope(shield=True):
+            await _put_back(door, aside)
+
+
+def _keep(m: DmaMap) -> DmaMap:
+    return DmaMap(m.iova, m.size, m.prot, os.dup(m.fd) if m.fd >= 0 else -1, m.fd_offset)
+
+
+async def _put_back(door: NativeDoor, aside: Sequence[DmaMap]) -> None:
+    failed: list[str] = []
+    for m in aside:
+        try:
+            await trio.to_thread.run_sync(door.dma_map, m)
+        except OSError as error:
+            failed.append(f"{m.iova:#x}+{m.size:#x}: {error.strerror}")
+        finally:
+            if m.fd >= 0:
+                os.close(m.fd)
+    if failed:
+        raise HostError(f"client memory could not be mapped again after scratch use ({'; '.join(failed)})")
