@@ -153,8 +153,8 @@ class Policy:
         for before, after in zip(ordered, ordered[1:], strict=False):
             if before.region == after.region and before.end > after.start:
                 raise PluginError(
-                    f"policy: rules {before.name!r} and {after.name!r} overlap in region {before.region} at
-                    {after.start:#x}"
+                    f"policy: rules {before.name!r} and {after.name!r} overlap "
+                    f"in region {before.region} at {after.start:#x}"
                 )
 
     def gaps(self, region_sizes: dict[int, int]) -> Iterable[tuple[int, int, int]]:
