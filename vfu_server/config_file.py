@@ -1,0 +1,248 @@
+"""A configuration file: TOML read into the records of `config`, every complaint with file, line and field.
+
+It must not know the command line. The form:
+
+    [server]                      log-level, log-format, socket-group
+    [defaults]                    any field of a device but name, source and fd; for all devices
+    [[device]]                    name, plugin, one of bdf / model / device-socket, socket-path or fd,
+                                  mmap, dirty-tracking, require-migration
+    [device.options]              what --option gives, for this device
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vfu_server import config, logs
+from vfu_server.config import DeviceConfig, ServerConfig, Source, SourceKind
+from vfu_server.errors import ConfigError, UsageError
+
+MAX_FILE = 1 << 20
+
+T = TypeVar("T")
+
+Path_ = tuple[str | int, ...]
+"""Where a value stands: `("device", 0, "bdf")`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What a field may hold. `choices` empty: anything of `kind`."""
+
+    kind: type
+    choices: Sequence[str] = ()
+
+
+_SERVER = {
+    "log-level": Field(str, logs.LEVELS),
+    "log-format": Field(str, logs.FORMATS),
+    "socket-group": Field(str),
+}
+_DEFAULTS = {
+    "plugin": Field(str),
+    "socket-path": Field(str),
+    "mmap": Field(str, config.MMAP_MODES),
+    "dirty-tracking": Field(str, config.DIRTY_TRACKING_MODES),
+    "require-migration": Field(bool),
+    "options": Field(dict),
+}
+_SOURCES = {kind.value: Field(str) for kind in SourceKind}
+_DEVICE = {"name": Field(str), "fd": Field(int), **_SOURCES, **_DEFAULTS}
+_TOP = {"server": Field(dict), "defaults": Field(dict), "device": Field(list)}
+
+
+@dataclass(frozen=True, slots=True)
+class FileConfig:
+    """What a file says. `server` as written and `defaults` are for the command line to prevail over."""
+
+    server: Mapping[str, str]
+    defaults: DeviceConfig
+    devices: Sequence[DeviceConfig]
+
+    def server_config(self) -> ServerConfig:
+        """The file by itself."""
+        return ServerConfig(self.devices, **{key.replace("-", "_"): value for key, value in self.server.items()})
+
+
+def read(path: str) -> FileConfig:
+    """Read and check the file. Raises ConfigError."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"--config {path}: more than {MAX_FILE} bytes are no configuration")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8") from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_syntax(path, str(error))) from None
+    return _Reader(path, text).document(document)
+
+
+def _syntax(path: str, message: str) -> str:
+    """Tomllib says `... (at line 3, column 7)`; put it where editors look for it."""
+    match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
+    if match is None or match[2] is None:
+        return f"{path}: {message}"
+    return f"{path}:{match[2]}: {match[1]} (column {match[3]})"
+
+
+class _Reader:
+    """Checks one document; knows which line each value is at."""
+
+    def __init__(self, path: str, text: str) -> None:
+        self._path = path
+        self._lines = locate(text)
+
+    def fail(self, where: Path_, problem: str) -> ConfigError:
+        """The complaint about the value at `where` (or the nearest thing around it that has a line)."""
+        at = where
+        while at not in self._lines and at:
+            at = at[:-1]
+        line = self._lines.get(at, 1)
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+        return ConfigError(f"{self._path}:{line}: {name}: {problem}")
+
+    def document(self, document: Mapping[str, Any]) -> FileConfig:
+        """The whole file."""
+        self._table((), document, _TOP)
+        server = self._table(("server",), document.get("server", {}), _SERVER)
+        raw_defaults = self._table(("defaults",), document.get("defaults", {}), _DEFAULTS)
+        no_source = Source(SourceKind.MODEL, "")
+        defaults = self._fill(("defaults",), raw_defaults, DeviceConfig("", no_source))
+        devices = [self._device(number, table, defaults) for number, table in enumerate(document.get("device", []))]
+        paths = [self._path_of(number, device, len(devices)) for number, device in enumerate(devices)]
+        devices = [replace(device, socket_path=path) for device, path in zip(devices, paths, strict=True)]
+        self._checked(("device",), lambda: config.check_devices(devices))
+        return FileConfig(server, defaults, devices)
+
+    def _table(self, where: Path_, table: object, fields: Mapping[str, Field]) -> Mapping[str, Any]:
+        """`table`, made sure of: a table with known fields of the right kinds."""
+        if not isinstance(table, dict):
+            raise self.fail(where, "must be a table")
+        for key, value in table.items():
+            field = fields.get(key)
+            if field is None:
+                raise self.fail((*where, key), f"unknown; here may stand: {', '.join(fields)}")
+            if type(value) is not field.kind:
+                raise self.fail((*where, key), f"must be {_KIND_NAMES[field.kind]}, not {value!r}")
+            if field.choices and value not in field.choices:
+                raise self.fail((*where, key), f"must be one of {', '.join(field.choices)}, not {value!r}")
+        return table
+
+    def _device(self, number: int, written: object, defaults: DeviceConfig) -> DeviceConfig:
+        where: Path_ = ("device", number)
+        table = self._table(where, written, _DEVICE)
+        sources = [key for key in _SOURCES if key in table]
+        if len(sources) != 1:
+            found = "has " + " and ".join(sources) if sources else "has none"
+            raise self.fail(where, f"a device needs exactly one of {', '.join(_SOURCES)}; this one {found}")
+        key = sources[0]
+        source = self._checked((*where, key), lambda: config.source(SourceKind(key), table[key]))
+        name = table.get("name", config.default_name(source))
+        self._checked((*where, "name"), lambda: config.check_name(name))
+        if "fd" in table and "socket-path" in table:
+            raise self.fail((*where, "fd"), "stands beside socket-path: give one of them")
+        if table.get("fd", 0) < 0:
+            raise self.fail((*where, "fd"), f"{table['fd']} is no file descriptor")
+        device = self._fill(where, table, replace(defaults, name=name, source=source))
+        return replace(device, fd=table["fd"], socket_path="") if "fd" in table else device
+
+    def _fill(self, where: Path_, table: Mapping[str, Any], base: DeviceConfig) -> DeviceConfig:
+        options = dict(base.options)
+        for key, value in table.get("options", {}).items():
+            if isinstance(value, bool):
+                value = "true" if value else "false"
+            if not isinstance(value, (str, int, float)):
+                raise self.fail((*where, "options", key), "must be a string, a number or a boolean")
+            options[key] = str(value)
+        given = {key.replace("-", "_"): table[key] for key in _DEFAULTS if key in table and key != "options"}
+        return replace(base, options=options, **given)
+
+    def _path_of(self, number: int, device: DeviceConfig, count: int) -> str:
+        where: Path_ = ("device", number, "socket-path")
+        if count > 1 and ("defaults", "socket-path") in self._lines and where not in self._lines:
+            where = ("defaults", "socket-path")
+            if not config.is_template(device.socket_path) and device.fd < 0:
+                raise self.fail(where, "several devices need several sockets: use %n, for instance /run/vfu/%n.sock")
+        return self._checked(where, lambda: config.expand_path(device.socket_path, device.name, number))
+
+    def _checked(self, where: Path_, check: Callable[[], T]) -> T:
+        try:
+            return check()
+        except UsageError as error:
+            raise self.fail(where, str(error)) from None
+
+
+_KIND_NAMES = {str: "a string", bool: "true or false", int: "an integer", dict: "a table", list: "an array of tables"}
+
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
+_HEADER = re.compile(rf"\s*(\[\[?)\s*({_KEYS})\s*\]")
+_ASSIGNMENT = re.compile(rf"\s*({_KEYS})\s*=")
+_ONE_KEY = re.compile(_KEY)
+
+
+def locate(text: str) -> dict[Path_, int]:
+    """The line (from 1) of every table and key of a TOML document that tomllib has accepted.
+
+    What stands inside a value (multi-line strings, inline tables) has no line of its own.
+    """
+    lines: dict[Path_, int] = {(): 1}
+    table: Path_ = ()
+    counts: dict[Path_, int] = {}
+    quotes = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if quotes:
+            quotes = _open_string(line.partition(quotes)[2]) if quotes in line else quotes
+            continue
+        header = _HEADER.match(line)
+        assignment = None if header else _ASSIGNMENT.match(line)
+        if header:
+            table = _resolve(_split(header[2]), counts, new_element=header[1] == "[[")
+            lines.setdefault(table, number)
+        elif assignment:
+            path = table + _split(assignment[1])
+            for length in range(len(table) + 1, len(path) + 1):
+                lines.setdefault(path[:length], number)
+        quotes = _open_string(line)
+    return lines
+
+
+def _split(keys: str) -> Path_:
+    return tuple(key[1:-1] if key[0] in "\"'" else key for key in _ONE_KEY.findall(keys))
+
+
+def _resolve(keys: Path_, counts: dict[Path_, int], *, new_element: bool) -> Path_:
+    """`device.options` means the options of the last `[[device]]`."""
+    path: Path_ = ()
+    for position, key in enumerate(keys, 1):
+        path = (*path, key)
+        if new_element and position == len(keys):
+            counts[path] = counts.get(path, -1) + 1
+        if path in counts:
+            path = (*path, counts[path])
+    return path
+
+
+def _open_string(line: str) -> str:
+    """The quotes of a multi-line string that begins in `line` and does not end there, or an empty string."""
+    while (match := re.search(r'#|"""|\'\'\'|"(?:[^"\\]|\\.)*"|\'[^\']*\'', line)) is not None:
+        token = match[0]
+        if token == "#":
+            return ""
+        line = line[match.end() :]
+        if token in ('"""', "'''"):
+            if token not in line:
+                return token
+            line = line.partition(token)[2]
+    return ""

@@ -1,0 +1,125 @@
+"""The process: sockets first, then every device in a nursery of its own, readiness, signals, and the end in order.
+
+It must not know what is done with a client (`session`) nor how the operator's wish was uttered (`cli`, `config_file`).
+"""
+
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+
+import trio
+
+from vfu_server.config import ServerConfig
+from vfu_server.errors import DeviceGoneError, VfuServerError
+from vfu_server.exit_codes import ExitCode
+from vfu_server.notify import Notifier
+from vfu_server.plugins import Plugins
+from vfu_server.server_device import CLOSE_DEADLINE, ServedDevice, Stage
+from vfu_server.server_listeners import open_listeners
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds after which a busy Python thread lets a waiting one run: what a TRAP waits at worst (5 ms by default)."""
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run(config: ServerConfig, plugins: Plugins) -> ExitCode:
+    """Serve until a signal or until no device is left. Raises what kept the server from starting."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    return trio.run(_serve, config, plugins)
+
+
+async def _serve(config: ServerConfig, plugins: Plugins) -> ExitCode:
+    notifier = Notifier.from_environ(os.environ)
+    with trio.open_signal_receiver(*END_SIGNALS) as signals:
+        listeners = open_listeners(config, os.environ)
+        devices = [
+            ServedDevice(device, plugins, listener) for device, listener in zip(config.devices, listeners, strict=True)
+        ]
+        process = _Process(devices, notifier)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.obey, signals)
+                nursery.start_soon(notifier.watchdog)
+                await process.serve()
+                nursery.cancel_scope.cancel()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return process.outcome()
+
+
+class _Process:
+    """All devices of this process."""
+
+    def __init__(self, devices: Sequence[ServedDevice], notifier: Notifier) -> None:
+        self._devices = devices
+        self._notifier = notifier
+        self._ending = False
+        self._forced = False
+
+    async def serve(self) -> None:
+        """Until every device has ended. One that cannot be opened ends the others: half a server was not asked for."""
+        async with trio.open_nursery() as nursery:
+            for device in self._devices:
+                nursery.start_soon(self._serve_one, device)
+            for device in self._devices:
+                await device.opened.wait()
+            if any(device.failure for device in self._devices):
+                self._stop_all()
+            elif not self._ending:
+                self._notifier.ready(self._status())
+                gc.collect()
+                gc.freeze()
+
+    async def _serve_one(self, device: ServedDevice) -> None:
+        await device.run()
+        if not self._ending and device.stage is not Stage.OPENING:
+            self._notifier.status(self._status())
+
+    def _status(self) -> str:
+        by_stage = {stage: [d.config.name for d in self._devices if d.stage is stage] for stage in Stage}
+        return "; ".join(f"{stage.value}: {', '.join(names)}" for stage, names in by_stage.items() if names)
+
+    async def obey(self, signals: AsyncIterator[int]) -> None:
+        """The first signal ends the server in order, the second one at once."""
+        async for number in signals:
+            name = signal.Signals(number).name
+            if self._ending:
+                logger.warning("%s: ending by force", name)
+                self._forced = True
+                for device in self._devices:
+                    device.force()
+                continue
+            logger.info("%s: bringing devices to rest", name)
+            self._stop_all()
+
+    def _stop_all(self) -> None:
+        """Begin the end. If the event loop itself is stuck, a thread of C ends the process and says where it was."""
+        self._ending = True
+        self._notifier.stopping()
+        faulthandler.dump_traceback_later(CLOSE_DEADLINE + 2.0, exit=True)
+        for device in self._devices:
+            device.stop()
+
+    def outcome(self) -> ExitCode:
+        """What the process ends with. Raises what kept a device from being opened."""
+        failed = [device for device in self._devices if device.failure is not None]
+        at_start = [device.failure for device in failed if device.failure and not device.was_served]
+        if at_start:
+            for failure in at_start[1:]:
+                at_start[0].add_note(f"also: {failure}")
+            raise at_start[0]
+        if self._forced or any(device.forced for device in self._devices):
+            return ExitCode.FORCED
+        if self._ending or not failed:
+            return ExitCode.CLEAN
+        if any(not isinstance(device.failure, VfuServerError) for device in failed):
+            return ExitCode.INTERNAL
+        gone = any(isinstance(device.failure, DeviceGoneError) for device in failed)
+        return ExitCode.LOST if gone else ExitCode.DEVICE

@@ -1,0 +1,188 @@
+"""The life of one served device: model, door, plugin, session, and the way back in the opposite order.
+
+It must not know of other devices, signals or the service manager. Whatever happens to it stays in its task: the
+outcome is kept for the server to read.
+"""
+
+import contextlib
+import enum
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from vfu_server import logs, server_model
+from vfu_server.config import DeviceConfig, Source, SourceKind
+from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
+from vfu_server.host_device import HostDevice
+from vfu_server.plugins import Plugins, Taken, exactly_one
+from vfu_server.region import MmapMode
+from vfu_server.session import Session, SessionOptions
+from vfu_server.sockets import Listener
+
+logger = logging.getLogger(__name__)
+
+CLOSE_DEADLINE = 3.0
+"""Seconds for the whole way back; the session's own deadlines lie below."""
+
+
+class Stage(enum.Enum):
+    """How far a device has come."""
+
+    OPENING = "opening"
+    SERVING = "serving"
+    STOPPED = "stopped"
+    LOST = "lost"
+    FAILED = "failed"
+
+
+class ServedDevice:
+    """One device and its task."""
+
+    def __init__(self, config: DeviceConfig, plugins: Plugins, listener: Listener) -> None:
+        self.config = config
+        self.listener = listener
+        self.stage = Stage.OPENING
+        self.failure: Exception | None = None
+        """Why it is not served (any more); None after a clean end."""
+        self.was_served = False
+        """It came as far as being served, so its failure was told when it happened."""
+        self.forced = False
+        """The way back was cut short."""
+        self.opened = trio.Event()
+        """It is served, or will never be."""
+        self._plugins = plugins
+        self._serving = trio.CancelScope()
+        self._close_by = float("inf")
+        self._closing: trio.CancelScope | None = None
+        self._connection_taken = False
+
+    def stop(self) -> None:
+        """Begin the way back."""
+        self._serving.cancel()
+
+    def force(self) -> None:
+        """Cut the way back short: whatever still waits is given up."""
+        self._close_by = trio.current_time()
+        if self._closing is not None:
+            self._closing.cancel()
+        self._serving.cancel()
+
+    async def run(self) -> None:
+        """Serve until stopped or lost. Raises nothing."""
+        logs.DEVICE.set(self.config.name)
+        try:
+            with self._serving:
+                await self._open_and_serve()
+            self.stage = Stage.STOPPED
+        except Exception as error:  # noqa: BLE001 - one device's fault must not reach the others
+            self._keep(one_cause(error))
+        finally:
+            self.listener.close()
+            self.opened.set()
+
+    def _keep(self, error: Exception) -> None:
+        self.failure = error
+        self.stage = Stage.LOST if isinstance(error, DeviceGoneError) else Stage.FAILED
+        if not self.was_served:
+            return  # told by whoever reports why the server does not start
+        if isinstance(error, VfuServerError):
+            logger.error("the device is no longer served: %s", error)
+        else:
+            logger.error("the device is no longer served: internal error", exc_info=error)
+
+    async def _open_and_serve(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            host = await self._open_host(stack)
+            stack.push_async_callback(self._step_back, "closing the door", host.aclose)
+            taken = await self._probe(host)
+            stack.push_async_callback(self._step_back, "closing the plugin's device", taken.device.aclose)
+            session = self._session(host, taken)
+            stack.push_async_callback(self._step_back, "bringing the device to rest", session.shutdown)
+            stack.callback(self.listener.close)
+            logger.info("listening at %s (%s, plugin %s %s)", self.listener.description, host.name, *_who(taken))
+            self.stage, self.was_served = Stage.SERVING, True
+            self.opened.set()
+            await session.run(self._accept)
+
+    async def _open_host(self, stack: contextlib.AsyncExitStack) -> HostDevice:
+        source = self.config.source
+        if source.kind is SourceKind.MODEL:
+            command = self._plugins.model(self.config.plugin, source.value)
+            model = await stack.enter_async_context(server_model.running(command, self.config.name))
+            source = Source(SourceKind.DEVICE_SOCKET, model.socket_path)
+        try:
+            return await open_host(source, self.config.name)
+        except OSError as error:
+            raise HostError(f"{self.config.source} cannot be opened: {error.strerror}", error.errno) from error
+
+    async def _probe(self, host: HostDevice) -> Taken:
+        taken = self._plugins.probe(self.config.plugin, host, self.config.options)
+        try:
+            chosen = exactly_one(taken, self.config.plugin, host)
+        except VfuServerError:
+            for one in taken:
+                await self._step_back("closing a plugin's device", one.device.aclose)
+            raise
+        can = chosen.device.capabilities
+        if self.config.require_migration and not can.migratable:
+            await self._step_back("closing the plugin's device", chosen.device.aclose)
+            raise HostError(f"--require-migration: {host.name} cannot be migrated: {can.reason}")
+        return chosen
+
+    def _session(self, host: HostDevice, taken: Taken) -> Session:
+        return Session(
+            name=self.config.name,
+            host=host,
+            device=taken.device,
+            plugin_name=taken.plugin.name,
+            plugin_version=taken.plugin.version,
+            options=SessionOptions(mmap=MmapMode(self.config.mmap), dirty_tracking=self.config.dirty_tracking),
+        )
+
+    async def _accept(self) -> int:
+        """The next client. `trio.EndOfChannel`: there will be no other (an inherited connection is one client)."""
+        if not self.listener.one_client:
+            return await self.listener.accept()
+        if self._connection_taken:
+            raise trio.EndOfChannel
+        self._connection_taken = True
+        return self.listener.take_connection()
+
+    async def _step_back(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """One step of the way back: also when cancelled, but not for ever. If it fails, the next is still done."""
+        if self._close_by == float("inf"):
+            self._close_by = trio.current_time() + CLOSE_DEADLINE
+        with trio.CancelScope(deadline=self._close_by, shield=True) as self._closing:
+            try:
+                await step()
+            except Exception as error:
+                fault = one_cause(error)
+                logger.warning("%s: %s", what, fault, exc_info=None if isinstance(fault, VfuServerError) else fault)
+        if self._closing.cancelled_caught:
+            self.forced = True
+            logger.error("%s was cut short", what)
+
+
+async def open_host(source: Source, name: str) -> HostDevice:
+    """Open the door to a device. Raises HostError, UsageError."""
+    if source.kind is SourceKind.BDF:
+        from vfu_server.host import kernel
+
+        return await kernel.open_bdf(source.value)
+    from vfu_server.host.vfio_user import VfioUserHost
+
+    return await VfioUserHost.open(source.value, name)
+
+
+def one_cause(error: Exception) -> Exception:
+    """The exception that a nursery wrapped; of several the one that is nobody's known fault, else the first."""
+    if not isinstance(error, ExceptionGroup):
+        return error
+    causes = [one_cause(inner) for inner in error.exceptions]
+    unknown = [cause for cause in causes if not isinstance(cause, VfuServerError)]
+    return (unknown or causes)[0]
+
+
+def _who(taken: Taken) -> tuple[str, str]:
+    return taken.plugin.name, taken.plugin.version

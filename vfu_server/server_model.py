@@ -1,0 +1,126 @@
+"""A plugin's software model as a child process: started before its device is opened, ended with us in any case.
+
+It must not know what the model models. The child's own side of the bond is `server_model_child`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from vfu_server.device import ModelCommand
+from vfu_server.errors import HostError
+
+logger = logging.getLogger(__name__)
+
+START_DEADLINE = 10.0
+STOP_DEADLINE = 0.4
+_TRY_INTERVAL = 0.005
+_MAX_LINE = 8192
+_ACCEPTING = 0x10000
+"""`__SO_ACCEPTCON` in the flags of /proc/net/unix."""
+
+
+class ModelProcess:
+    """The child, its socket in a folder of its own, and what it says on standard error."""
+
+    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path) -> None:
+        self._process = process
+        self.socket_path = str(socket_path)
+
+    async def listening(self) -> None:
+        """Wait until the model's socket can be connected to. HostError: it ended, or took too long."""
+        with trio.move_on_after(START_DEADLINE):
+            while not _listens(self.socket_path):
+                status = self._process.poll()
+                if status is not None:
+                    raise HostError(
+                        f"the model ended before it listened ({_ending(status)}); what it said is in the log"
+                    )
+                await trio.sleep(_TRY_INTERVAL)
+            return
+        raise HostError(f"the model did not listen within {START_DEADLINE:g} s")
+
+    async def relay_output(self) -> None:
+        """Put what the model writes into our log, line by line, until it ends."""
+        output = self._process.stderr
+        if output is None:
+            return
+        pending = b""
+        async with trio.lowlevel.FdStream(os.dup(output.fileno())) as stream:
+            async for chunk in stream:
+                *lines, pending = (pending + chunk).split(b"\n")
+                for line in lines:
+                    logger.info("model: %s", line.decode(errors="replace"))
+                if len(pending) > _MAX_LINE:
+                    logger.info("model: %s", pending.decode(errors="replace"))
+                    pending = b""
+        if pending:
+            logger.info("model: %s", pending.decode(errors="replace"))
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL if that does not help. Idempotent; also when cancelled nothing is left running."""
+        try:
+            if self._process.poll() is None:
+                self._process.terminate()
+                with trio.move_on_after(STOP_DEADLINE):
+                    while self._process.poll() is None:  # noqa: ASYNC110 - Popen has no event
+                        await trio.sleep(_TRY_INTERVAL)
+        finally:
+            if self._process.poll() is None:
+                logger.warning("the model does not end by itself and is killed")
+                self._process.kill()
+            status = self._process.wait()
+            if status not in (0, -signal.SIGTERM):
+                logger.warning("the model has ended: %s", _ending(status))
+
+
+@contextlib.asynccontextmanager
+async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProcess]:
+    """The model of `command`, listening, for the time of the `async with`. Raises HostError."""
+    with tempfile.TemporaryDirectory(prefix="vfu-model-", ignore_cleanup_errors=True) as folder:
+        socket_path = Path(folder) / f"{name[:32].replace('/', '_')}.sock"
+        model = ModelProcess(_spawn([command.module, *command.args, "--socket-path", str(socket_path)]), socket_path)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(model.relay_output)
+            try:
+                await model.listening()
+                yield model
+            finally:
+                with trio.CancelScope(deadline=trio.current_time() + 2 * STOP_DEADLINE, shield=True):
+                    await model.stop()
+
+
+def _spawn(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Start the child from this thread: the death signal is bound to the thread that starts, and ours is the main one.
+
+    Its own process group keeps a Ctrl-C at the terminal from ending the hardware before the driver.
+    """
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or str(Path.cwd()) for path in sys.path))
+    command = [sys.executable, "-P", "-m", "vfu_server.server_model_child", str(os.getpid()), *arguments]
+    try:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
+        )
+    except OSError as error:
+        raise HostError(f"cannot start the model: {error.strerror}", error.errno) from error
+
+
+def _listens(path: str) -> bool:
+    """Whether somebody listens at `path`, without becoming its first client."""
+    if not os.path.exists(path):  # noqa: PTH110 - asked every few milliseconds
+        return False
+    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+        rows = (line.split(maxsplit=7) for line in table if line.rstrip("\n").endswith(path))
+        return any(int(row[3], 16) & _ACCEPTING for row in rows)
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
