@@ -7,7 +7,7 @@ All methods of a model and all callbacks it asks for run under one lock of the s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,6 +138,10 @@ class Model(ABC):
     def reset(self) -> None:
         """VFIO_DEVICE_RESET or FLR. The server resets config space, INTx and MSI before it calls."""
         return None
+
+    def state(self) -> Mapping[str, int]:
+        """All registers, and sums of the buffers, for tests and people. It changes nothing, as a read might."""
+        return {}
 
     def bus_reset(self) -> None:
         """A client has gone: the part of a machine reset that reaches every device is done by the server; most models
