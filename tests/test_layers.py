@@ -16,7 +16,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("session", "model_server", "testing"),
     ("migration", "feature", "dma", "irq", "region"),
     ("libvfio_user", "host"),
-    ("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "model", "pciconfig"),
+    ("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "crc32c", "model", "pciconfig"),
     ("uapi", "errors"),
 )
 ROW_OF = {entry: number for number, row in enumerate(ROWS) for entry in row}
