@@ -61,7 +61,6 @@ class _Process:
         self._devices = devices
         self._notifier = notifier
         self._ending = False
-        self._forced = False
 
     async def serve(self) -> None:
         """Until every device has ended. One that cannot be opened ends the others: half a server was not asked for."""
@@ -91,11 +90,10 @@ class _Process:
         async for number in signals:
             name = signal.Signals(number).name
             if self._ending:
-                logger.warning("%s: ending by force", name)
-                self._forced = True
+                logger.error("%s, the second signal: ending by force", name)
                 for device in self._devices:
-                    device.force()
-                continue
+                    device.abandon()
+                os._exit(ExitCode.FORCED)
             logger.info("%s: bringing devices to rest", name)
             self._stop_all()
 
@@ -115,7 +113,7 @@ class _Process:
             for failure in at_start[1:]:
                 at_start[0].add_note(f"also: {failure}")
             raise at_start[0]
-        if self._forced or any(device.forced for device in self._devices):
+        if any(device.forced for device in self._devices):
             return ExitCode.FORCED
         if self._ending or not failed:
             return ExitCode.CLEAN

@@ -8,6 +8,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 
 import trio
 
@@ -16,7 +17,6 @@ from vfu_server.config import DeviceConfig, Source, SourceKind
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins import Plugins, Taken, exactly_one
-from vfu_server.region import MmapMode
 from vfu_server.session import Session, SessionOptions
 from vfu_server.sockets import Listener
 
@@ -54,19 +54,18 @@ class ServedDevice:
         self._plugins = plugins
         self._serving = trio.CancelScope()
         self._close_by = float("inf")
-        self._closing: trio.CancelScope | None = None
+        self._model: server_model.ModelProcess | None = None
         self._connection_taken = False
 
     def stop(self) -> None:
         """Begin the way back."""
         self._serving.cancel()
 
-    def force(self) -> None:
-        """Cut the way back short: whatever still waits is given up."""
-        self._close_by = trio.current_time()
-        if self._closing is not None:
-            self._closing.cancel()
-        self._serving.cancel()
+    def abandon(self) -> None:
+        """Leave nothing behind that outlives the process: it is about to end at once."""
+        self.listener.close()
+        if self._model is not None:
+            self._model.abandon()
 
     async def run(self) -> None:
         """Serve until stopped or lost. Raises nothing."""
@@ -109,8 +108,8 @@ class ServedDevice:
         source = self.config.source
         if source.kind is SourceKind.MODEL:
             command = self._plugins.model(self.config.plugin, source.value)
-            model = await stack.enter_async_context(server_model.running(command, self.config.name))
-            source = Source(SourceKind.DEVICE_SOCKET, model.socket_path)
+            self._model = await stack.enter_async_context(server_model.running(command, self.config.name))
+            source = Source(SourceKind.DEVICE_SOCKET, self._model.socket_path)
         try:
             return await open_host(source, self.config.name)
         except OSError as error:
@@ -137,7 +136,7 @@ class ServedDevice:
             device=taken.device,
             plugin_name=taken.plugin.name,
             plugin_version=taken.plugin.version,
-            options=SessionOptions(mmap=MmapMode(self.config.mmap), dirty_tracking=self.config.dirty_tracking),
+            options=SessionOptions(mmap=self.config.mmap, dirty_tracking=self.config.dirty_tracking),
         )
 
     async def _accept(self) -> int:
@@ -153,13 +152,13 @@ class ServedDevice:
         """One step of the way back: also when cancelled, but not for ever. If it fails, the next is still done."""
         if self._close_by == float("inf"):
             self._close_by = trio.current_time() + CLOSE_DEADLINE
-        with trio.CancelScope(deadline=self._close_by, shield=True) as self._closing:
+        with trio.CancelScope(deadline=self._close_by, shield=True) as scope:
             try:
                 await step()
             except Exception as error:
                 fault = one_cause(error)
                 logger.warning("%s: %s", what, fault, exc_info=None if isinstance(fault, VfuServerError) else fault)
-        if self._closing.cancelled_caught:
+        if scope.cancelled_caught:
             self.forced = True
             logger.error("%s was cut short", what)
 
@@ -167,9 +166,8 @@ class ServedDevice:
 async def open_host(source: Source, name: str) -> HostDevice:
     """Open the door to a device. Raises HostError, UsageError."""
     if source.kind is SourceKind.BDF:
-        from vfu_server.host import kernel
-
-        return await kernel.open_bdf(source.value)
+        open_bdf: Callable[[str], Awaitable[HostDevice]] = import_module("vfu_server.host.kernel").open_bdf
+        return await open_bdf(source.value)
     from vfu_server.host.vfio_user import VfioUserHost
 
     return await VfioUserHost.open(source.value, name)

@@ -6,6 +6,7 @@ It must not know what the model models. The child's own side of the bond is `ser
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,11 @@ class ModelProcess:
                     pending = b""
         if pending:
             logger.info("model: %s", pending.decode(errors="replace"))
+
+    def abandon(self) -> None:
+        """End it at once and remove its folder."""
+        self._process.kill()
+        shutil.rmtree(Path(self.socket_path).parent, ignore_errors=True)
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if that does not help. Idempotent; also when cancelled nothing is left running."""
