@@ -66,6 +66,8 @@ class Capabilities:
     reason: str = ""
     pre_copy: bool = False
     p2p: bool = False
+    resets: bool = False
+    """`Device.reset` works even where the door has no reset: the plugin writes reset values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,10 @@ class Device(ABC):
     async def load_begin(self) -> None:
         """RESUMING was entered: forget what an earlier, abandoned load has left."""
         return None
+
+    def knows(self, tag: str, version: int) -> bool:
+        """Whether `load` understands such a section. An unknown optional one is skipped, any other refuses the stream."""
+        return True
 
     @abstractmethod
     async def load(self, section: Section) -> None:

@@ -1,0 +1,300 @@
+"""One device and its clients, one after another: joins the pump, the door, the plugin and the migration task.
+
+It must not know where the device or the clients come from, nor other devices.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from vfu_server import uapi
+from vfu_server.device import Device
+from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
+from vfu_server.host_device import HostDevice, MmapArea, RegionInfo
+from vfu_server.libvfio_user.context import Connected, Context, ContextStatistics, Disconnected, Fault, Message, Notice
+from vfu_server.region import MmapMode, compile_rules, mmap_areas
+from vfu_server.session_config import flr_bits
+from vfu_server.session_load import Load
+from vfu_server.session_messages import Messages
+from vfu_server.session_migration import Migration
+from vfu_server.session_refuse import refuse_client
+from vfu_server.session_save import Save
+from vfu_server.uapi import Command, MigState, RegionIndex
+
+log = logging.getLogger(__name__)
+
+RECLAIM_DEADLINE = 3.0
+"""Seconds to bring the device back when its client has gone."""
+RELAY_TIMEOUT = 4.0
+MAX_MISTAKES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all'."""
+
+    mmap: str = "plugin"
+    dirty_tracking: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """Counters of a session: the pump's, and how often each kind of client mistake was made."""
+
+    context: ContextStatistics
+    mistakes: dict[str, int]
+    clients: int
+
+
+class Session:
+    """A device that is presented. `run` serves until cancelled; `shutdown` gives everything back."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        host: HostDevice,
+        device: Device,
+        plugin_name: str,
+        plugin_version: str,
+        options: SessionOptions,
+    ) -> None:
+        self._host = host
+        self._device = device
+        self._mistakes: dict[str, int] = {}
+        self._clients = 0
+        self._refused = ""
+        """Why no further client is served, if the device could not be brought back."""
+        self._context = _context(name, host, device, MmapMode.parse(options.mmap))
+        ring = self._context.ring
+        self._save = Save(host, device, ring, plugin_name, plugin_version)
+        self._load = Load(host, device, ring, plugin_name)
+        self._migration = Migration(device, self._context, self._save, self._load)
+        self._messages = Messages(host, device, self._migration)
+        self._idle = trio.Event()
+        self._idle.set()
+        self._gone: DeviceGoneError | None = None
+        self._relays = 0
+        host.relay = self._relay
+
+    @property
+    def mig_state(self) -> MigState:
+        """The device's migration state."""
+        return self._migration.state
+
+    def statistics(self) -> SessionStatistics:
+        """Counters since the session began."""
+        return SessionStatistics(self._context.statistics(), dict(self._mistakes), self._clients)
+
+    async def run(self, accept: Callable[[], Awaitable[int]]) -> None:
+        """Serve the clients that `accept` gives (connected sockets), until cancelled or `accept` raises EndOfChannel.
+
+        Raises DeviceGoneError when the device is lost and its last client has gone.
+        """
+        can = self._device.capabilities
+        if not can.migratable:
+            log.warning("this device is presented but cannot be migrated: %s", can.reason)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_host)
+            with contextlib.suppress(trio.EndOfChannel):
+                while True:
+                    await self._next_client(nursery, await accept())
+            await self._idle.wait()
+            nursery.cancel_scope.cancel()
+
+    async def shutdown(self) -> None:
+        """Free what is left; the device was brought to rest when its client's service was cancelled."""
+        self._context.detach()
+        await trio.to_thread.run_sync(self._context.close)
+
+    # clients
+
+    async def _next_client(self, nursery: trio.Nursery, sock_fd: int) -> None:
+        # A client that has hung up may still have messages unread: it is served to its end before the next one.
+        if not self._idle.is_set() and self._context.peer_gone():
+            with trio.move_on_after(RECLAIM_DEADLINE):
+                await self._idle.wait()
+        if not self._idle.is_set():
+            log.warning("a second client was refused: one is being served")
+            nursery.start_soon(refuse_client, sock_fd, errno.EBUSY)
+        elif self._refused or self._gone:
+            log.error("a client was refused: %s", self._refused or self._gone)
+            nursery.start_soon(refuse_client, sock_fd, errno.ENODEV)
+        else:
+            self._idle = trio.Event()
+            nursery.start_soon(self._serve, sock_fd, self._idle)
+
+    async def _serve(self, sock_fd: int, idle: trio.Event) -> None:
+        self._clients += 1
+        touched = False
+        try:
+            self._context.attach(sock_fd)
+            async with trio.open_nursery() as nursery:
+                self._save.attach(nursery)
+                self._load.attach(nursery)
+                touched = await self._pump_events(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._save.attach(None)
+            self._load.attach(None)
+            self._context.detach()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + RECLAIM_DEADLINE):
+                await trio.to_thread.run_sync(self._context.join)
+                for event in self._context.events():
+                    if isinstance(event, Message):
+                        _close_all(event.fds)
+                    touched = touched or isinstance(event, Connected | Message)
+                await self._reclaim(touched)
+            idle.set()
+        if self._gone:
+            raise self._gone
+
+    async def _pump_events(self, nursery: trio.Nursery) -> bool:
+        """Handle what the pump tells, until the connection is over; returns whether it was ever negotiated."""
+        connected = False
+        while True:
+            await trio.lowlevel.wait_readable(self._context.fileno())
+            for event in self._context.events():
+                match event:
+                    case Message():
+                        nursery.start_soon(self._handle, event)
+                    case Connected():
+                        connected = True
+                        log.info("client connected")
+                    case Disconnected(reason):
+                        log.info("client disconnected: %s", reason)
+                        return connected
+                    case Notice(text):
+                        self._mistake(text)
+                    case Fault(error, where):
+                        log.error("the plugin failed at a trapped %s: %r", where, error, exc_info=error)
+
+    async def _handle(self, message: Message) -> None:
+        error, payload = 0, b""
+        try:
+            payload = await self._messages.handle(message)
+        except VfuServerError as failed:
+            error = failed.errno
+            self._mistake(f"{message.command.name}: {failed}")
+        except Exception:
+            error = errno.EIO
+            log.exception("%s failed", message.command.name)
+        finally:
+            _close_all(message.fds)
+        self._context.reply(payload, error)
+
+    def _mistake(self, text: str) -> None:
+        """Log a kind of mistake once, count all of them."""
+        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", text)
+        if kind not in self._mistakes and len(self._mistakes) >= MAX_MISTAKES:
+            kind = "others"
+        count = self._mistakes.get(kind, 0)
+        self._mistakes[kind] = count + 1
+        log.log(logging.DEBUG if count else logging.WARNING, "%s", text)
+
+    async def _reclaim(self, touched: bool) -> None:
+        """Bring the device back from a client that has gone: interrupts off, DMA stopped, memory unmapped, state
+        RUNNING.
+        """
+        await self._messages.release_irqs()
+        if touched and not self._gone:
+            try:
+                await self._stop_dma()
+                await self._migration.reset()
+            except VfuServerError as error:
+                self._refused = f"the device could not be brought back after its last client: {error}"
+                log.error("%s", self._refused)
+        try:
+            await self._host.dma_unmap_all()
+        except HostError as error:
+            log.warning("client memory could not be unmapped: %s", error)
+
+    async def _stop_dma(self) -> None:
+        """Take bus mastering away, so that nothing the reset leaves alive reaches memory that is about to be unmapped."""
+        command = self._host.read(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2)
+        if command & uapi.PCI_COMMAND_MASTER:
+            self._host.write(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2, command & ~uapi.PCI_COMMAND_MASTER)
+
+    # the device's side
+
+    async def _watch_host(self) -> None:
+        async for event in self._host.events():
+            if event.kind == "gone":
+                self._gone = DeviceGoneError(f"the device is gone: {event.message}")
+                log.error("%s", self._gone)
+                await self._migration.fail()
+                # Its client is served on: a VMM does not survive the loss of its server, but it survives a dead device.
+                if self._idle.is_set():
+                    raise self._gone
+                return
+            log.warning("the device says: %s %s", event.kind, event.message)
+
+    async def _relay(self, command: Command, payload: bytes) -> bytes:
+        """Send a DMA message of the device's server on to the client, if it is for memory that the client has shared
+        so.
+        """
+        if len(payload) < uapi.DMA_ACCESS.size:
+            raise OSError(errno.EINVAL, "too short")
+        iova, count = uapi.DMA_ACCESS.unpack_from(payload)
+        needed = uapi.DMA_FLAG_WRITE if command is Command.DMA_WRITE else uapi.DMA_FLAG_READ
+        at = iova
+        for m in self._host.native.dma_maps(iova, max(count, 1)):
+            if m.iova > at or not m.prot & needed:
+                break
+            at = m.iova + m.size
+        if not 0 < count <= uapi.MAX_DATA_XFER_SIZE or at < iova + count:
+            raise OSError(errno.EFAULT, "not mapped by the client")
+        self._relays += 1
+        return await trio.to_thread.run_sync(self._context.request, command, payload, RELAY_TIMEOUT)
+
+
+def _context(name: str, host: HostDevice, device: Device, mode: MmapMode) -> Context:
+    policy = device.policy
+    areas = mmap_areas(policy, host.regions, mode)
+    sizes = {region.index: region.size for region in host.regions if region.size}
+    can = device.capabilities
+    resets = host.can_reset or can.resets
+    return Context(
+        name=name,
+        regions=[_presented(region, areas.get(region.index, ())) for region in host.regions],
+        irqs=host.irqs,
+        flags=uapi.DEVICE_FLAGS_PCI | (uapi.DEVICE_FLAGS_RESET if resets else 0),
+        rules=compile_rules(policy, mode, sizes, areas),
+        door=host.native,
+        traps=_Traps(device),
+        flr=flr_bits(host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)),
+    )
+
+
+def _presented(region: RegionInfo, areas: Sequence[MmapArea]) -> RegionInfo:
+    flags = region.flags & (uapi.REGION_INFO_FLAG_READ | uapi.REGION_INFO_FLAG_WRITE)
+    if not areas:
+        return replace(region, flags=flags, areas=(), fd=-1, fd_offset=0)
+    return replace(region, flags=flags | uapi.REGION_INFO_FLAG_MMAP, areas=tuple(areas))
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class _Traps:
+    """A plugin's trap methods, and what a plugin need not say: blocks go to the hardware, which splits them itself."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.trap_read = device.trap_read
+        self.trap_write = device.trap_write
+
+    def trap_read_block(self, region: int, offset: int, length: int) -> bytes:
+        return b"".join(self._device.trap_read(region, offset + i, 1).to_bytes(1, "little") for i in range(length))
+
+    def trap_write_block(self, region: int, offset: int, data: bytes) -> None:
+        for i, byte in enumerate(data):
+            self._device.trap_write(region, offset + i, 1, byte)

@@ -1,0 +1,126 @@
+"""A load session: what the client writes is checked as it comes in, and written to the hardware only when all of it is
+there.
+
+It must not know states or messages: the migration task says when a load begins and when it must be complete.
+"""
+
+import logging
+
+import trio
+
+from vfu_server.device import Device
+from vfu_server.errors import MigrationError, PluginError, StreamFormatError, VfuServerError
+from vfu_server.host_device import HostDevice
+from vfu_server.libvfio_user.native import crc32c
+from vfu_server.libvfio_user.ring import Ring
+from vfu_server.session_config import check_config, load_config
+from vfu_server.stream import Origin, StreamEnd, StreamHeader, StreamItem, StreamReader
+
+log = logging.getLogger(__name__)
+
+SERVER_SECTIONS = {"config": 1}
+"""Our own sections by tag, with the newest version that is understood."""
+
+
+class Load:
+    """The loading side of one device. Its task runs in the nursery that `attach` names."""
+
+    def __init__(self, host: HostDevice, device: Device, ring: Ring, plugin_name: str) -> None:
+        self._host = host
+        self._device = device
+        self._ring = ring
+        self._plugin_name = plugin_name
+        self._nursery: trio.Nursery | None = None
+        self._scope: trio.CancelScope | None = None
+        self._ended = trio.Event()
+        self._complete = False
+        self._config: bytes | None = None
+        self._error: VfuServerError | None = None
+
+    def attach(self, nursery: trio.Nursery | None) -> None:
+        """Tasks begin in `nursery` from now on: that of the present client, None without one."""
+        self._nursery = nursery
+
+    async def open(self) -> None:
+        """Begin to take a stream."""
+        if self._nursery is None:
+            raise MigrationError("no client is there to load from")
+        await self._device.load_begin()
+        self._complete, self._config, self._error = False, None, None
+        self._ring.open_load()
+        self._scope, self._ended = trio.CancelScope(), trio.Event()
+        self._nursery.start_soon(self._run, self._scope, self._ended)
+
+    async def finish(self) -> None:
+        """The client says that this was all: check that it was, and write the state to the device.
+
+        Raises what was wrong with the stream (also when it was found long before), StreamMismatchError or RestoreError.
+        The session stays open then: the state can only be given up by a reset.
+        """
+        self._ring.finish()
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        if not self._complete or self._config is None:
+            raise StreamFormatError(
+                "the stream has no section config" if self._complete else "the stream is not complete"
+            )
+        began = trio.current_time()
+        load_config(self._host, self._config)
+        await self._device.load_done()
+        log.info("state written to the device in %.1f ms", (trio.current_time() - began) * 1e3)
+        await self.close()
+
+    async def close(self) -> None:
+        """End the session; harmless if none is open."""
+        if self._scope is not None:
+            self._scope.cancel()
+            with trio.CancelScope(shield=True):
+                await self._ended.wait()
+            self._scope = None
+            self._ring.close()
+
+    async def _run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
+        try:
+            with scope:
+                await self._load()
+        except VfuServerError as error:
+            log.error("the state that came in was refused: %s: %s", type(error).__name__, error)
+            self._fail(error)
+        except Exception as error:
+            log.exception("loading the device's state failed in the plugin")
+            self._fail(PluginError(f"the plugin could not take the state: {error!r}"))
+        finally:
+            ended.set()
+
+    def _fail(self, error: VfuServerError) -> None:
+        self._error = error
+        self._ring.fail(error.errno)
+
+    async def _load(self) -> None:
+        reader = StreamReader(crc32c, known=self._known)
+        while (data := await self._ring.receive()) is not None:
+            for item in reader.push(data):
+                await self._take(item)
+        reader.finish()
+        self._complete = True
+
+    def _known(self, origin: Origin, tag: str, version: int) -> bool:
+        if origin is Origin.SERVER:
+            return version <= SERVER_SECTIONS.get(tag, 0)
+        return self._device.knows(tag, version)
+
+    async def _take(self, item: StreamItem) -> None:
+        if isinstance(item, StreamHeader):
+            item.check(self._plugin_name, self._host.identity())
+            self._device.check_identity(item.state)
+            log.info("state of %s %s (%s) comes in", item.plugin, item.plugin_version, item.state.variant)
+        elif isinstance(item, StreamEnd):
+            log.info("%d bytes of state came in, all sums right", item.length)
+        elif item.origin is Origin.SERVER:
+            if self._config is not None:
+                raise StreamFormatError("section config came twice")
+            check_config(self._host, item.section.payload)
+            self._config = item.section.payload
+        else:
+            await self._device.load(item.section)

@@ -1,0 +1,140 @@
+"""One device on its way through the migration states: the steps of each arc, awaited one by one, undone where one
+fails.
+
+It joins the state machine (`migration`), the plugin's coroutines, the policy table and the two data sessions. It must
+not know messages or sockets; who waits for a state change is told by return or exception.
+"""
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from vfu_server.device import Device, StopKind
+from vfu_server.errors import DeadlineError, HostError, PluginError, VfuServerError
+from vfu_server.libvfio_user.context import Context
+from vfu_server.migration import Arc, Step, migration_flags, next_step, steps, undo
+from vfu_server.policy import StateClass
+from vfu_server.session_load import Load
+from vfu_server.session_save import Save
+from vfu_server.uapi import MigState
+
+log = logging.getLogger(__name__)
+
+ARC_DEADLINE = 4.0
+"""Seconds for all steps of one wish; QEMU gives its connection up after 5."""
+
+RESET_DEADLINE = 3.0
+
+
+class Migration:
+    """The migration state of one device, and what moves it. `state` is what the client is told."""
+
+    def __init__(self, device: Device, context: Context, save: Save, load: Load) -> None:
+        self.state = MigState.RUNNING
+        self._device = device
+        self._context = context
+        self._save = save
+        self._load = load
+        self._steps: dict[Step, Callable[[Arc], Awaitable[None]]] = {
+            Step.SWITCH_CLASS: lambda arc: self.switch_class(arc.target_class),
+            Step.SWITCH_BACK: lambda arc: self.switch_class(arc.source_class),
+            Step.STOP_P2P: lambda _: device.stop(StopKind.P2P),
+            Step.STOP_FULL: lambda _: device.stop(StopKind.FULL),
+            Step.START_P2P: lambda _: device.start(StopKind.P2P),
+            Step.START_FULL: lambda _: device.start(StopKind.FULL),
+            Step.APPLY_SHADOW: lambda _: self._apply_kept_writes(),
+            Step.OPEN_SAVE: lambda arc: save.open(pre_copy=arc.target is not MigState.STOP_COPY),
+            Step.SAVE_PRE_COPY: lambda _: save.begin_pre_copy(),
+            Step.PAUSE_PRE_COPY: lambda _: save.pause_pre_copy(),
+            Step.SAVE_STOP_COPY: lambda _: save.begin_stop_copy(),
+            Step.CLOSE_SAVE: lambda _: save.close(),
+            Step.OPEN_LOAD: lambda _: load.open(),
+            Step.FINISH_LOAD: lambda _: load.finish(),
+        }
+
+    async def set_state(self, target: int) -> None:
+        """Walk to `target`. On an error the state is the last one reached, or ERROR if even that could not be held."""
+        flags = migration_flags(self._device.capabilities)
+        began = trio.current_time()
+        try:
+            with trio.fail_after(ARC_DEADLINE):
+                while (step := next_step(flags, self.state, target)) is not self.state:
+                    await self._walk(Arc(self.state, step))
+        except trio.TooSlowError:
+            raise DeadlineError(f"the way to state {target} took longer than {ARC_DEADLINE} s") from None
+        log.debug("state %s after %.1f ms", self.state.name, (trio.current_time() - began) * 1e3)
+
+    async def _walk(self, arc: Arc) -> None:
+        began = trio.current_time()
+        for step in steps(arc):
+            try:
+                await self._steps[step](arc)
+            except BaseException as error:
+                await self._undo(arc, step, error)
+                if isinstance(error, Exception) and not isinstance(error, VfuServerError):
+                    raise PluginError(f"{arc}, step '{step.value}': unexpected {error!r}", errno.EIO) from error
+                raise
+        self.state = arc.target
+        log.info("migration: %s in %.1f ms", arc, (trio.current_time() - began) * 1e3)
+
+    async def _undo(self, arc: Arc, failed: Step, error: BaseException) -> None:
+        cause = "it was cancelled or timed out" if isinstance(error, trio.Cancelled) else str(error)
+        log.warning("migration: %s failed at step '%s': %s", arc, failed.value, cause)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + RESET_DEADLINE) as scope:
+            try:
+                for step in undo(arc, failed):
+                    await self._steps[step](arc)
+                return
+            except Exception:
+                log.exception("migration: %s could not be undone", arc)
+        if scope.cancelled_caught:
+            log.error("migration: undoing %s took longer than %s s", arc, RESET_DEADLINE)
+        await self.fail()
+
+    async def fail(self) -> None:
+        """Nobody knows what the device does any more: state ERROR, left by a reset only."""
+        self.state = MigState.ERROR
+        await self.switch_class(StateClass.ERROR)
+
+    async def reset(self) -> None:
+        """Bring the device to RUNNING by a reset, from any state. On failure the state is ERROR."""
+        with trio.CancelScope(shield=True):
+            await self._save.close()
+            await self._load.close()
+        self._context.drop_kept_writes()
+        try:
+            with trio.fail_after(RESET_DEADLINE):
+                await self._device.reset()
+        except trio.TooSlowError:
+            await self.fail()
+            raise DeadlineError(f"the device's reset took longer than {RESET_DEADLINE} s") from None
+        except VfuServerError as error:
+            if self.state is not MigState.RUNNING:
+                await self.fail()
+            error.add_note("while the device was reset")
+            raise
+        except Exception as error:
+            await self.fail()
+            raise PluginError(f"the plugin's reset failed: {error!r}", errno.EIO) from error
+        self.state = MigState.RUNNING
+        await self.switch_class(StateClass.RUNNING)
+
+    async def switch_class(self, state_class: StateClass) -> None:
+        """Switch the access policy; returns when the access in flight has finished and the new class holds."""
+        if self._context.state_class is state_class:
+            return
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._context.set_class, state_class)
+                return
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise HostError(f"the access policy cannot be switched: {error.strerror}", error.errno) from error
+            await self._apply_kept_writes()
+
+    async def _apply_kept_writes(self) -> None:
+        for kept in self._context.take_kept_writes():
+            self._device.shadow_write(kept.region, kept.offset, kept.width, kept.value)
+        await trio.lowlevel.checkpoint()
