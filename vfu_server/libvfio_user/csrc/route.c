@@ -410,7 +410,7 @@ vs_route(struct vs_device *device, struct vs_message *message)
         return VS_DONE;
     }
     if (message->bad_fds) {
-        refuse(device, &message->header, EINVAL, "more file descriptors than max_msg_fds allows");
+        refuse(device, &message->header, EINVAL, "more file descriptors than max_msg_fds allows, or than our table has room for");
         return VS_DONE;
     }
     switch (message->header.command) {

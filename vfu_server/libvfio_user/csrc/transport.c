@@ -157,7 +157,7 @@ vs_send_command(struct vs_device *device, const struct vs_header *command, const
 
 /* The fds of one recvmsg belong to the newest message that began in what it brought; to none if none did. */
 static void
-keep_fds(struct vs_device *device, const int *fds, size_t nr_fds, uint64_t from)
+keep_fds(struct vs_device *device, const int *fds, size_t nr_fds, bool cut, uint64_t from)
 {
     size_t max = sizeof(device->batches) / sizeof(device->batches[0]);
     struct vs_fd_batch *batch = &device->batches[device->nr_batches];
@@ -171,14 +171,13 @@ keep_fds(struct vs_device *device, const int *fds, size_t nr_fds, uint64_t from)
         return;
     }
     device->nr_batches++;
-    *batch = (struct vs_fd_batch){ .at = device->begun };
+    *batch = (struct vs_fd_batch){ .at = device->begun, .bad = cut || nr_fds > VS_MAX_FDS };
     for (size_t i = 0; i < nr_fds; i++) {
-        if (nr_fds <= VS_MAX_FDS) {
-            batch->fds[batch->nr_fds++] = fds[i];
-        } else {
+        if (batch->bad) {
             close(fds[i]);
             device->counters.fds_closed++;
-            batch->bad = true;
+        } else {
+            batch->fds[batch->nr_fds++] = fds[i];
         }
     }
 }
@@ -200,6 +199,25 @@ find_newest(struct vs_device *device)
             return;
         }
         device->begun += header.size;
+    }
+}
+
+/* MSG_CTRUNC: the kernel could not give us all fds (our table is full): their message must not pass for one with fewer. */
+static void
+take_control(struct vs_device *device, struct msghdr *msg, uint64_t from)
+{
+    bool cut = (msg->msg_flags & MSG_CTRUNC) != 0;
+    int fds[VS_RECV_FDS];
+    size_t nr_fds = 0;
+
+    for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg); cmsg != NULL; cmsg = CMSG_NXTHDR(msg, cmsg)) {
+        if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS) {
+            nr_fds = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            memcpy(fds, CMSG_DATA(cmsg), nr_fds * sizeof(int));
+        }
+    }
+    if (nr_fds > 0 || cut) {
+        keep_fds(device, fds, nr_fds, cut, from);
     }
 }
 
@@ -238,15 +256,7 @@ receive(struct vs_device *device, int flags)
     device->end += (size_t)n;
     /* A message begins where the one before ends: step there once its first byte is in. */
     find_newest(device);
-    for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg); cmsg != NULL; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
-        if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS) {
-            int fds[VS_RECV_FDS];
-            size_t nr_fds = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-            memcpy(fds, CMSG_DATA(cmsg), nr_fds * sizeof(int));
-            keep_fds(device, fds, nr_fds, from);
-        }
-    }
+    take_control(device, &msg, from);
     return 0;
 }
 
