@@ -30,9 +30,9 @@ REGISTERS = 0x0
 MAPPED = 0x1000
 DROPPED = 0x2000
 UNDECLARED = 0x3000
-REG_SLOW = 0x80
+REG_SLOW = 0xF00
 """A read here waits until `Registers.gate` is set."""
-REG_BROKEN = 0x88
+REG_BROKEN = 0xF08
 """An access here fails with EXDEV."""
 BAR2_SIZE = 2 << 20
 """BAR2 takes any width everywhere: memory of the device."""
