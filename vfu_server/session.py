@@ -69,6 +69,8 @@ class Session:
         self._device = device
         self._mistakes: dict[str, int] = {}
         self._clients = 0
+        self._touched = False
+        """The present client has negotiated: whatever it did since, the device needs a reset."""
         self._refused = ""
         """Why no further client is served, if the device could not be brought back."""
         self._context = _context(name, host, device, MmapMode.parse(options.mmap))
@@ -132,13 +134,13 @@ class Session:
 
     async def _serve(self, sock_fd: int, idle: trio.Event) -> None:
         self._clients += 1
-        touched = False
+        self._touched = False
         try:
             self._context.attach(sock_fd)
             async with trio.open_nursery() as nursery:
                 self._save.attach(nursery)
                 self._load.attach(nursery)
-                touched = await self._pump_events(nursery)
+                await self._pump_events(nursery)
                 nursery.cancel_scope.cancel()
         finally:
             self._save.attach(None)
@@ -149,15 +151,14 @@ class Session:
                 for event in self._context.events():
                     if isinstance(event, Message):
                         _close_all(event.fds)
-                    touched = touched or isinstance(event, Connected | Message)
-                await self._reclaim(touched)
+                    self._touched = self._touched or isinstance(event, Connected)
+                await self._reclaim()
             idle.set()
         if self._gone:
             raise self._gone
 
-    async def _pump_events(self, nursery: trio.Nursery) -> bool:
-        """Handle what the pump tells, until the connection is over; returns whether it was ever negotiated."""
-        connected = False
+    async def _pump_events(self, nursery: trio.Nursery) -> None:
+        """Handle what the pump tells, until the connection is over."""
         while True:
             await trio.lowlevel.wait_readable(self._context.fileno())
             for event in self._context.events():
@@ -165,11 +166,11 @@ class Session:
                     case Message():
                         nursery.start_soon(self._handle, event)
                     case Connected():
-                        connected = True
+                        self._touched = True
                         log.info("client connected")
                     case Disconnected(reason):
                         log.info("client disconnected: %s", reason)
-                        return connected
+                        return
                     case Notice(text):
                         self._mistake(text)
                     case Fault(error, where):
@@ -198,12 +199,12 @@ class Session:
         self._mistakes[kind] = count + 1
         log.log(logging.DEBUG if count else logging.WARNING, "%s", text)
 
-    async def _reclaim(self, touched: bool) -> None:
+    async def _reclaim(self) -> None:
         """Bring the device back from a client that has gone: interrupts off, DMA stopped, memory unmapped, state
         RUNNING.
         """
         await self._messages.release_irqs()
-        if touched and not self._gone:
+        if self._touched and not self._gone:
             try:
                 await self._stop_dma()
                 await self._migration.reset()
