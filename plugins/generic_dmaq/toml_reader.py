@@ -40,6 +40,7 @@ class Table:
         self.path = path
         self._values = values
         self._taken: list[str] = []
+        self._below: dict[str, list[Table]] = {}
 
     def error(self, key: str, message: str) -> ConfigError:
         """A ConfigError about `key` of this table; an empty key: about the table."""
@@ -129,15 +130,19 @@ class Table:
         value = self._values[key] if self.has(key) else {}
         if not isinstance(value, dict):
             raise self.error(key, f"must be a table, not {value!r}")
-        return Table(self.source, (*self.path, key), value)
+        if key not in self._below:
+            self._below[key] = [Table(self.source, (*self.path, key), value)]
+        return self._below[key][0]
 
-    def tables(self, key: str) -> Iterator["Table"]:
-        """The elements of an array of tables; missing: none."""
+    def tables(self, key: str) -> "list[Table]":
+        """The elements of an array of tables; missing: none. Always the same ones: several readers may share them."""
         value = self._values[key] if self.has(key) else []
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
             raise self.error(key, f"must be tables in double brackets, [[{key}]]")
-        for index, one in enumerate(value):
-            yield Table(self.source, (*self.path, key, index), one)
+        if key not in self._below:
+            path = (*self.path, key)
+            self._below[key] = [Table(self.source, (*path, index), one) for index, one in enumerate(value)]
+        return self._below[key]
 
     def finish(self) -> None:
         """ConfigError for a key that nobody asked for: a typing error must not be a silent default."""
