@@ -1,0 +1,13 @@
+"""Serves one software model over vfio-user, in a process of its own.
+
+    main(factory, argv)     the whole program around one model: what a plugin's models package calls
+    python -m ... NAME      the same, for a model that an installed plugin names
+
+Threads: trio's (sockets, messages of the ordered kind, control), the pump's (register accesses of the client) and the
+model's own (timers, DMA). What they share is behind the one lock of `Function`, which is never held while somebody
+waits for the client.
+"""
+
+from vfu_server.model_server.program import main
+
+__all__ = ["main"]
