@@ -84,15 +84,17 @@ def read(path: str) -> FileConfig:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax(path, str(error))) from None
+        raise ConfigError(_syntax(path, text, str(error))) from None
     return _Reader(path, text).document(document)
 
 
-def _syntax(path: str, message: str) -> str:
-    """Tomllib says `... (at line 3, column 7)`; put it where editors look for it."""
+def _syntax(path: str, text: str, message: str) -> str:
+    """From tomllib: `... (at line 3, column 7)` or `(at end of document)`; put it where editors look for it."""
     match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
-    if match is None or match[2] is None:
+    if match is None:
         return f"{path}: {message}"
+    if match[2] is None:
+        return f"{path}:{len(text.splitlines()) or 1}: {match[1]} (the end of the file)"
     return f"{path}:{match[2]}: {match[1]} (column {match[3]})"
 
 
@@ -209,7 +211,8 @@ def locate(text: str) -> dict[Path_, int]:
         assignment = None if header else _ASSIGNMENT.match(line)
         if header:
             table = _resolve(_split(header[2]), counts, new_element=header[1] == "[[")
-            lines.setdefault(table, number)
+            for length in range(1, len(table) + 1):
+                lines.setdefault(table[:length], number)
         elif assignment:
             path = table + _split(assignment[1])
             for length in range(len(table) + 1, len(path) + 1):

@@ -32,8 +32,9 @@ _ACCEPTING = 0x10000
 class ModelProcess:
     """The child, its socket in a folder of its own, and what it says on standard error."""
 
-    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], output: int, socket_path: Path) -> None:
         self._process = process
+        self._output = trio.lowlevel.FdStream(output)
         self.socket_path = str(socket_path)
 
     async def listening(self) -> None:
@@ -51,12 +52,9 @@ class ModelProcess:
 
     async def relay_output(self) -> None:
         """Put what the model writes into our log, line by line, until it ends."""
-        output = self._process.stderr
-        if output is None:
-            return
         pending = b""
-        async with trio.lowlevel.FdStream(os.dup(output.fileno())) as stream:
-            async for chunk in stream:
+        async with self._output:
+            async for chunk in self._output:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     logger.info("model: %s", line.decode(errors="replace"))
@@ -93,7 +91,8 @@ async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProces
     """The model of `command`, listening, for the time of the `async with`. Raises HostError."""
     with tempfile.TemporaryDirectory(prefix="vfu-model-", ignore_cleanup_errors=True) as folder:
         socket_path = Path(folder) / f"{name[:32].replace('/', '_')}.sock"
-        model = ModelProcess(_spawn([command.module, *command.args, "--socket-path", str(socket_path)]), socket_path)
+        process, output = _spawn([command.module, *command.args, "--socket-path", str(socket_path)])
+        model = ModelProcess(process, output, socket_path)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(model.relay_output)
             try:
@@ -104,19 +103,23 @@ async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProces
                     await model.stop()
 
 
-def _spawn(arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Start the child from this thread: the death signal is bound to the thread that starts, and ours is the main one.
+def _spawn(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the child; the fd is the reading end of its standard error.
 
-    Its own process group keeps a Ctrl-C at the terminal from ending the hardware before the driver.
+    From this thread: the death signal is bound to the thread that starts, and ours is the main one. A process group of
+    its own keeps a Ctrl-C at the terminal from ending the hardware before its driver.
     """
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or str(Path.cwd()) for path in sys.path))
     command = [sys.executable, "-P", "-m", "vfu_server.server_model_child", str(os.getpid()), *arguments]
+    reader, writer = os.pipe()
     try:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
-        )
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=writer, process_group=0)
     except OSError as error:
+        os.close(reader)
         raise HostError(f"cannot start the model: {error.strerror}", error.errno) from error
+    finally:
+        os.close(writer)
+    return process, reader
 
 
 def _listens(path: str) -> bool:
