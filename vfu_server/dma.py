@@ -221,7 +221,7 @@ def decide_map(dma_map: DmaMap, bars: Iterable[BarPlacement], *, memory_fd: bool
 _CAUSES: Final = {
     errno.ENOSPC: "the host's limit on the number of maps is reached (vfio_iommu_type1.dma_entry_limit, 65535 by "
     "default): larger guest pages or fewer memory slots need fewer",
-    errno.ENOMEM: "the host does not let this process pin so much memory: raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in "
+    errno.ENOMEM: "the host lets this process pin no more memory: raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in "
     "a systemd unit) to the guest's memory and some more",
     errno.EEXIST: "a part of the range is mapped already",
     errno.EFAULT: "the client's file has no memory there: it is shorter than the map",
