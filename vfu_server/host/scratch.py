@@ -49,15 +49,15 @@ async def scratch_memory(door: NativeDoor, size: int, limit: int) -> AsyncIterat
         os.ftruncate(fd, size)
         for m in aside:
             await trio.to_thread.run_sync(door.dma_unmap, m.iova, m.size)
-        with mmap.mmap(fd, size) as memory:
-            mine = DmaMap(iova, size, DMA_FLAG_READ | DMA_FLAG_WRITE, fd)
-            await trio.to_thread.run_sync(door.dma_map, mine)
-            try:
-                with memoryview(memory) as view:
-                    yield Scratch(iova, view)
-            finally:
-                with trio.CancelScope(shield=True), suppress(OSError):
-                    await trio.to_thread.run_sync(door.dma_unmap, iova, size)
+        # Unmapped when the last view of it is gone: a plugin may have kept one.
+        memory = memoryview(mmap.mmap(fd, size))
+        mine = DmaMap(iova, size, DMA_FLAG_READ | DMA_FLAG_WRITE, fd)
+        await trio.to_thread.run_sync(door.dma_map, mine)
+        try:
+            yield Scratch(iova, memory)
+        finally:
+            with trio.CancelScope(shield=True), suppress(OSError):
+                await trio.to_thread.run_sync(door.dma_unmap, iova, size)
     except OSError as error:
         raise HostError(f"no scratch memory for the device at iova {iova:#x}: {error.strerror}", error.errno) from error
     finally:
