@@ -230,6 +230,12 @@ def fd_count():
     return len(os.listdir("/proc/self/fd"))
 
 
+def resident():
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
 def deaf_feature(client):
     """A DEVICE_FEATURE that nobody answers yet: from now on the ordered kind is held."""
     return client.send_message(Command.DEVICE_FEATURE, uapi.DEVICE_FEATURE.pack(8, 0x40000))
