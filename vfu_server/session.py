@@ -20,6 +20,7 @@ from vfu_server.host_device import HostDevice, MmapArea, RegionInfo
 from vfu_server.libvfio_user.context import Connected, Context, ContextStatistics, Disconnected, Fault, Message, Notice
 from vfu_server.region import MmapMode, compile_rules, mmap_areas
 from vfu_server.session_config import flr_bits
+from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_load import Load
 from vfu_server.session_messages import Messages
 from vfu_server.session_migration import Migration
@@ -78,7 +79,8 @@ class Session:
         self._save = Save(host, device, ring, plugin_name, plugin_version)
         self._load = Load(host, device, ring, plugin_name)
         self._migration = Migration(device, self._context, self._save, self._load)
-        self._messages = Messages(host, device, self._migration)
+        self._dirty = DirtyLog(host, options.dirty_tracking)
+        self._messages = Messages(host, device, self._migration, self._dirty)
         self._idle = trio.Event()
         self._idle.set()
         self._gone: DeviceGoneError | None = None
@@ -104,6 +106,7 @@ class Session:
             log.warning("this device is presented but cannot be migrated: %s", can.reason)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_host)
+            await self._dirty.find_source()
             with contextlib.suppress(trio.EndOfChannel):
                 while True:
                     await self._next_client(nursery, await accept())
@@ -204,6 +207,8 @@ class Session:
         RUNNING.
         """
         await self._messages.release_irqs()
+        with contextlib.suppress(HostError):
+            await self._dirty.stop()
         if self._touched and not self._gone:
             try:
                 await self._stop_dma()
@@ -217,7 +222,7 @@ class Session:
             log.warning("client memory could not be unmapped: %s", error)
 
     async def _stop_dma(self) -> None:
-        """Take bus mastering away, so that nothing the reset leaves alive reaches memory that is about to be unmapped."""
+        """Take bus mastering away: what a reset leaves alive must not reach memory that is about to be unmapped."""
         command = self._host.read(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2)
         if command & uapi.PCI_COMMAND_MASTER:
             self._host.write(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2, command & ~uapi.PCI_COMMAND_MASTER)

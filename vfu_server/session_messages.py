@@ -19,6 +19,7 @@ from vfu_server.feature import FeatureRequest, Offer
 from vfu_server.host_device import DmaMap, HostDevice
 from vfu_server.libvfio_user.context import Message
 from vfu_server.migration import migration_flags
+from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_migration import Migration
 from vfu_server.uapi import Command, Feature, IrqIndex
 
@@ -31,10 +32,11 @@ STREAM_OVERHEAD = 16 << 10
 class Messages:
     """The handlers for one device; `armed` are the interrupt indexes that its present client has set up."""
 
-    def __init__(self, host: HostDevice, device: Device, migration: Migration) -> None:
+    def __init__(self, host: HostDevice, device: Device, migration: Migration, dirty: DirtyLog) -> None:
         self._host = host
         self._device = device
         self._migration = migration
+        self._dirty = dirty
         self.armed: set[int] = set()
         self._told: set[str] = set()
         self._handlers: dict[Command, Callable[[Message], Awaitable[bytes]]] = {
@@ -137,16 +139,29 @@ class Messages:
     # features
 
     async def _device_feature(self, message: Message) -> bytes:
-        request = feature.parse_feature(message.payload, Offer(migration_flags(self._device.capabilities)))
+        flags = migration_flags(self._device.capabilities)
+        request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
         if request.probe:
             return request.reply()
         if request.feature is Feature.MIG_DEVICE_STATE:
             return await self._device_state(request)
         if request.feature is Feature.MIGRATION:
-            return feature.migration_reply(request, migration_flags(self._device.capabilities))
+            return feature.migration_reply(request, flags)
         if request.feature is Feature.MIG_DATA_SIZE:
             with trio.fail_after(1):
                 return feature.data_size_reply(request, await self._device.estimate() + STREAM_OVERHEAD)
+        return await self._dma_logging(request)
+
+    async def _dma_logging(self, request: FeatureRequest) -> bytes:
+        if request.feature is Feature.DMA_LOGGING_START:
+            page_size = await self._dirty.start(feature.parse_logging_start(request))
+            return feature.logging_start_reply(request, page_size)
+        if request.feature is Feature.DMA_LOGGING_REPORT:
+            report = feature.parse_logging_report(request, uapi.MAX_DATA_XFER_SIZE)
+            return feature.logging_report_reply(request, await self._dirty.report(report))
+        if request.feature is Feature.DMA_LOGGING_STOP:
+            await self._dirty.stop()
+            return request.reply()
         raise ClientError(f"DEVICE_FEATURE {request.feature.name} is not offered", errno.ENOTTY)
 
     async def _device_state(self, request: FeatureRequest) -> bytes:
