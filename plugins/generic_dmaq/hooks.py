@@ -41,7 +41,7 @@ class Hooks:
         return None
 
     async def restore_memory(self, memory: bytes) -> bool:
-        """Write the device's inner memory and make sure. False: it cannot be written; RestoreError: it was not taken."""
+        """Write the inner memory and make sure. False: it cannot be written. RestoreError: it was not taken."""
         return False
 
     async def can_restore_memory(self) -> bool:

@@ -1,7 +1,7 @@
 """What I/OAT's table cannot say: a channel counts finished descriptors in a place that cannot be read or written.
 
 A guest's driver writes DMACOUNT as a running total. On a fresh chain, whose count is 0, its next kick would run too
-far. So the count is brought back by running as many null descriptors, whose last one points at the guest's next descriptor:
+far. So the count is brought back by running as many null descriptors, whose last one points at the guest's next one:
 the channel then goes on where the guest thinks it is. Not proven on hardware. Where that cannot be done the channel is
 left halted, as after a reset: Linux' driver then restarts it after its time-out and fails what it had queued since.
 
