@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import struct
+import time
 
 import pytest
 
@@ -454,3 +455,20 @@ def test_dirty_page_logging(both):
     answered = client.dma_logging_report(0x10000, 65 * 4096)
     assert list(dirty_pages(answered, 0x10000)) == [0x11000, 0x10000 + 63 * 4096, 0x10000 + 64 * 4096]
     assert peer.received()[4] == uapi.DEVICE_FEATURE.pack(8 + 24 + 16, 0x10008) + head
+
+
+def test_a_full_queue_of_a_listening_socket_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("queue.sock")
+        listener.listen(0)
+        with Client.connect("queue.sock"):
+            begun = time.monotonic()
+            with pytest.raises(BlockingIOError):
+                Client.connect("queue.sock", timeout=0.1)
+            assert time.monotonic() - begun >= 0.09
+
+
+def test_a_socket_that_is_not_there_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Client.connect(tmp_path / "nobody.sock")

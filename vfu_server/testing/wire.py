@@ -86,6 +86,10 @@ class Message:
             os.close(fd)
 
 
+def _timeval(seconds: float) -> tuple[int, int]:
+    return int(seconds), int(seconds % 1 * 1_000_000)
+
+
 def command_name(command: int) -> str:
     """`Command` by name, or by number if there is no such command."""
     try:
@@ -189,7 +193,8 @@ class Connection:
         """A connection to the server that listens at `path`. Raises OSError as the system call does."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout)
+            # the kernel's own time limit: a non-blocking connect would give up at once where the server's queue is full
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *_timeval(timeout)))
             sock.connect(os.fspath(path))
         except BaseException:
             sock.close()
