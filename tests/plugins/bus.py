@@ -91,10 +91,15 @@ class FakeBus:
     def run(self, limit: float = 3600.0) -> float:
         """Let time go on until nobody waits any more; returns how long that took."""
         start = self._time
-        while self._alarms:
+        while self._waiting():
             assert self._time - start < limit, "the model never comes to rest"
             self.step(max(0.0, self._alarms[0].time - self._time))
         return self._time - start
+
+    def _waiting(self) -> bool:
+        while self._alarms and self._alarms[0].callback is None:
+            heapq.heappop(self._alarms)
+        return bool(self._alarms)
 
     def take_messages(self) -> list[int]:
         """The vectors sent since the last call."""

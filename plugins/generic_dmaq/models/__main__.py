@@ -1,10 +1,11 @@
-"""`python -m plugins.generic_dmaq.models NAME --socket-path PATH`: serves one of the models. NAME is edu."""
+"""`python -m plugins.generic_dmaq.models NAME --socket-path PATH`: serves one of the models. NAME is edu or ioat."""
 
 import argparse
 import functools
 import sys
 
 from plugins.generic_dmaq.models.edu import DMA_MASK, EduModel
+from plugins.generic_dmaq.models.ioat import IoatModel
 from vfu_server.model_server import main
 
 
@@ -14,8 +15,12 @@ def run(argv: list[str]) -> int:
     models = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     edu = models.add_parser("edu", add_help=False)
     edu.add_argument("--dma-mask", type=functools.partial(int, base=0), default=DMA_MASK)
+    ioat = models.add_parser("ioat", add_help=False)
+    ioat.add_argument("--channels", type=int, choices=(1, 2), default=1)
     options, rest = parser.parse_known_args(argv)
-    return main(functools.partial(EduModel, options.dma_mask), rest)
+    if options.name == "edu":
+        return main(functools.partial(EduModel, options.dma_mask), rest)
+    return main(functools.partial(IoatModel, options.channels), rest)
 
 
 if __name__ == "__main__":
