@@ -120,7 +120,9 @@ class KeptWrite:
 
 @dataclass(frozen=True, slots=True)
 class ContextStatistics:
-    """Counters over all connections. `accesses` maps (answer, class, 'read' or 'write') to a count; zero counts are
+    """Counters over all connections; `errors` are error replies sent (a posted write has none: see `accesses`).
+
+    `accesses` maps (answer, class, 'read' or 'write') to a count; zero counts are
     left out.
     """
 

@@ -346,6 +346,24 @@ forget_request(struct vs_device *device, struct vs_request *request)
     }
 }
 
+/* A command that was not sent yet and that nobody waits for any more. */
+static struct vs_outgoing *
+take_back(struct vs_device *device, uint16_t id)
+{
+    struct vs_outgoing **at = &device->outgoing, *out;
+
+    while ((out = *at) != NULL && (out->ends_busy || out->header.id != id)) {
+        at = &out->next;
+    }
+    if (out != NULL) {
+        *at = out->next;
+        if (out->next == NULL) {
+            device->outgoing_end = at;
+        }
+    }
+    return out;
+}
+
 long
 vs_device_request(struct vs_device *device, unsigned command, const void *data, size_t len, void *reply, size_t cap,
                   int timeout_ms)
@@ -358,6 +376,10 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
 
     if (pthread_equal(pthread_self(), device->thread)) {
         return -EDEADLK;
+    }
+    /* Only then does the pump look for work of ours while the client is silent. */
+    if (atomic_load(&device->door->fdless_maps) == 0) {
+        return -EFAULT;
     }
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += timeout_ms / 1000;
@@ -380,8 +402,12 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
     if (!request.done) {
         ret = ret == 0 ? -ENOTCONN : ret;
         forget_request(device, &request);
+        out = take_back(device, request.id);
+    } else {
+        out = NULL;
     }
     pthread_mutex_unlock(&device->lock);
+    free(out);
     if (ret < 0) {
         return ret;
     }

@@ -29,6 +29,7 @@
 #define VS_RECV_FDS 253
 /* Messages of the ordered kind that wait behind one that Python has; beyond it we stop reading. */
 #define VS_MAX_HELD 4096
+#define VS_MAX_HELD_BYTES (4U << 20)
 #define VS_HALF_MESSAGE_MS 5000
 
 struct vfu_ctx;
@@ -145,7 +146,7 @@ struct vs_device {
     struct vs_message current;  /* what the library works on */
     size_t current_size;        /* bytes of it to drop at the next header */
     struct vs_event *held, **held_end;  /* ordered messages that wait */
-    size_t nr_held;
+    size_t nr_held, held_bytes;
     bool busy;                  /* Python has one */
     atomic_bool data_wanted;    /* `data_wait` is set, for Python to see */
     struct vs_event *data_wait; /* a MIG_DATA message that waits for the ring */
@@ -207,6 +208,7 @@ __attribute__((format(printf, 2, 3))) void vs_notice(struct vs_device *device, c
 int vs_next_message(struct vs_device *device, struct vs_message *message);
 void vs_drop_message(struct vs_device *device, struct vs_message *message);
 int vs_fill(struct vs_device *device, bool may_block);
+bool vs_held_full(const struct vs_device *device);
 int vs_send(struct vs_device *device, const struct vs_header *request, const void *head, size_t head_len,
             const struct iovec *data, size_t nr_data, const int *fds, size_t nr_fds, int error);
 int vs_send_command(struct vs_device *device, const struct vs_header *command, const struct iovec *data);

@@ -249,6 +249,7 @@ ordered(struct vs_device *device, struct vs_message *message)
         *device->held_end = held;
         device->held_end = &held->next;
         device->nr_held++;
+        device->held_bytes += held->len;
     } else {
         serve_now(device, held);
     }
@@ -267,6 +268,7 @@ vs_serve_held(struct vs_device *device)
         } else if (device->nr_held > 0) {
             held = device->held;
             device->held = held->next;
+            device->held_bytes -= held->len;
             if (--device->nr_held == 0) {
                 device->held_end = &device->held;
             }
@@ -298,8 +300,15 @@ vs_drop_held(struct vs_device *device)
         held = NULL;
     }
     device->held_end = &device->held;
-    device->nr_held = 0;
+    device->nr_held = device->held_bytes = 0;
     device->busy = false;
+}
+
+/* Whether so much is held that no more is read: the client then waits in its send. */
+bool
+vs_held_full(const struct vs_device *device)
+{
+    return device->nr_held >= VS_MAX_HELD || device->held_bytes >= VS_MAX_HELD_BYTES;
 }
 
 /* Sends what Python has handed over. */

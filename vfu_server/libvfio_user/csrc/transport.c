@@ -267,8 +267,8 @@ receive(struct vs_device *device, int flags)
 int
 vs_fill(struct vs_device *device, bool may_block)
 {
-    bool half = device->start != device->end || !device->negotiated;
-    bool full = device->nr_held >= VS_MAX_HELD;
+    bool full = vs_held_full(device);
+    bool half = !full && (device->start != device->end || !device->negotiated);
     struct pollfd pfds[2] = { { .fd = device->wake_fd, .events = POLLIN },
                               { .fd = full ? -1 : device->sock, .events = POLLIN } };
     uint64_t now, waited;
@@ -447,7 +447,7 @@ tran_get_request_header(vfu_ctx_t *ctx, struct vfio_user_header *hdr, int *fds, 
         }
         vs_serve_python(device);
         vs_serve_held(device);
-        ret = device->protocol_error ? -1 : device->nr_held >= VS_MAX_HELD ? 0 : vs_next_message(device, message);
+        ret = device->protocol_error ? -1 : vs_held_full(device) ? 0 : vs_next_message(device, message);
         if (ret < 0) {
             break;
         }
