@@ -379,7 +379,7 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
     }
     /* Only then does the pump look for work of ours while the client is silent. */
     if (atomic_load(&device->door->fdless_maps) == 0) {
-        return -EFAULT;
+        return device->thread_started ? -EFAULT : -ENOTCONN;
     }
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += timeout_ms / 1000;
