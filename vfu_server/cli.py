@@ -76,14 +76,9 @@ def _serve(arguments: "argparse.Namespace") -> ExitCode:
 
     config = cli_arguments.server_config(arguments)
     logs.configure(config.log_level, config.log_format)
-    from vfu_server.plugins import Plugins
-
-    plugins = Plugins()
-    for name in {device.plugin for device in config.devices}:
-        plugins.select(name)
     from vfu_server import server
 
-    return server.run(config, plugins)
+    return server.run(config)
 
 
 def _report(error: VfuServerError, form: str) -> ExitCode:

@@ -6,6 +6,7 @@ them.
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from vfu_server import __version__
 from vfu_server.errors import VfuServerError
 from vfu_server.hookspecs import API_VERSION
 from vfu_server.plugins import BrokenPlugin, Plugin, Plugins
+
+_WIDTH_OF_FILES = 200
 
 
 def print_plugins(plugins: Plugins, form: str) -> None:
@@ -68,7 +71,7 @@ def print_policy(plugins: Plugins, name: str, options: Mapping[str, str], mmap: 
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
     for plugin, description in described.items():
         console.print(f"{plugin}: {description.summary}", style="bold", markup=False, highlight=False)
         for variant, (policy, sizes) in description.policies.items():

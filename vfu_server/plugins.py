@@ -160,23 +160,26 @@ class Plugins:
         refusals: list[VfuServerError] = []
         for plugin in self.select(name):
             try:
-                answers = self._ask(plugin, "vfu_server_probe", host=host, options=options)
+                taken += [Taken(plugin, device) for device in self._devices(plugin, host, options)]
             except VfuServerError as error:
                 refusals.append(error)
-                continue
-            for device in answers:
-                if not isinstance(device, Device):
-                    raise PluginError(
-                        f"plugin {plugin.name!r}: vfu_server_probe returned {type(device).__name__} instead of a Device"
-                    )
-                taken.append(Taken(plugin, device))
         if taken or not refusals:
             for refusal in refusals:
-                logger.debug("asked whether it takes the device: %s", refusal)
+                level = logging.WARNING if isinstance(refusal, PluginError) else logging.DEBUG
+                logger.log(level, "asked whether it takes the device: %s", refusal)
             return taken
         for other in refusals[1:]:
             refusals[0].add_note(f"also: {other}")
         raise refusals[0]
+
+    def _devices(self, plugin: Plugin, host: HostDevice, options: Mapping[str, str]) -> list[Device]:
+        devices = self._ask(plugin, "vfu_server_probe", host=host, options=options)
+        for device in devices:
+            if not isinstance(device, Device):
+                raise PluginError(
+                    f"plugin {plugin.name!r}: vfu_server_probe returned {type(device).__name__} instead of a Device"
+                )
+        return devices
 
     def models(self, name: str) -> dict[str, list[tuple[Plugin, ModelCommand]]]:
         """The software models that the plugins of `name` ship."""

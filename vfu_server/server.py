@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -17,9 +18,12 @@ from vfu_server.config import ServerConfig
 from vfu_server.errors import DeviceGoneError, VfuServerError
 from vfu_server.exit_codes import ExitCode
 from vfu_server.notify import Notifier
-from vfu_server.plugins import Plugins
-from vfu_server.server_device import CLOSE_DEADLINE, ServedDevice, Stage
 from vfu_server.server_listeners import open_listeners
+from vfu_server.server_stage import CLOSE_DEADLINE, Stage
+from vfu_server.sockets import Listener
+
+if TYPE_CHECKING:
+    from vfu_server.server_device import ServedDevice
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +33,23 @@ SWITCH_INTERVAL = 1e-4
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def run(config: ServerConfig, plugins: Plugins) -> ExitCode:
+def run(config: ServerConfig) -> ExitCode:
     """Serve until a signal or until no device is left. Raises what kept the server from starting."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    return trio.run(_serve, config, plugins)
+    return trio.run(_serve, config)
 
 
-async def _serve(config: ServerConfig, plugins: Plugins) -> ExitCode:
+async def _serve(config: ServerConfig) -> ExitCode:
     notifier = Notifier.from_environ(os.environ)
     with trio.open_signal_receiver(*END_SIGNALS) as signals:
+        # Clients may come from here on, and wait a moment: most of the start-up is still ahead.
         listeners = open_listeners(config, os.environ)
-        devices = [
-            ServedDevice(device, plugins, listener) for device, listener in zip(config.devices, listeners, strict=True)
-        ]
+        try:
+            devices = _devices(config, listeners)
+        except BaseException:
+            for listener in listeners:
+                listener.close()
+            raise
         process = _Process(devices, notifier)
         try:
             async with trio.open_nursery() as nursery:
@@ -54,10 +62,24 @@ async def _serve(config: ServerConfig, plugins: Plugins) -> ExitCode:
         return process.outcome()
 
 
+def _devices(config: ServerConfig, listeners: Sequence[Listener]) -> list["ServedDevice"]:
+    """The devices, not opened yet, their plugins loaded. Raises PluginError, UsageError (no such model)."""
+    from vfu_server.plugins import Plugins
+    from vfu_server.server_device import ServedDevice
+
+    plugins = Plugins()
+    devices = [
+        ServedDevice(device, plugins, listener) for device, listener in zip(config.devices, listeners, strict=True)
+    ]
+    for device in devices:
+        device.check_plugin()
+    return devices
+
+
 class _Process:
     """All devices of this process."""
 
-    def __init__(self, devices: Sequence[ServedDevice], notifier: Notifier) -> None:
+    def __init__(self, devices: Sequence["ServedDevice"], notifier: Notifier) -> None:
         self._devices = devices
         self._notifier = notifier
         self._ending = False
@@ -76,7 +98,7 @@ class _Process:
                 gc.collect()
                 gc.freeze()
 
-    async def _serve_one(self, device: ServedDevice) -> None:
+    async def _serve_one(self, device: "ServedDevice") -> None:
         await device.run()
         if not self._ending and device.stage is not Stage.OPENING:
             self._notifier.status(self._status())

@@ -5,7 +5,6 @@ outcome is kept for the server to read.
 """
 
 import contextlib
-import enum
 import logging
 from collections.abc import Awaitable, Callable
 from importlib import import_module
@@ -17,23 +16,11 @@ from vfu_server.config import DeviceConfig, Source, SourceKind
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins import Plugins, Taken, exactly_one
+from vfu_server.server_stage import CLOSE_DEADLINE, Stage
 from vfu_server.session import Session, SessionOptions
 from vfu_server.sockets import Listener
 
 logger = logging.getLogger(__name__)
-
-CLOSE_DEADLINE = 3.0
-"""Seconds for the whole way back; the session's own deadlines lie below."""
-
-
-class Stage(enum.Enum):
-    """How far a device has come."""
-
-    OPENING = "opening"
-    SERVING = "serving"
-    STOPPED = "stopped"
-    LOST = "lost"
-    FAILED = "failed"
 
 
 class ServedDevice:
@@ -56,6 +43,13 @@ class ServedDevice:
         self._close_by = float("inf")
         self._model: server_model.ModelProcess | None = None
         self._connection_taken = False
+
+    def check_plugin(self) -> None:
+        """Load what the device needs, before anything is started. Raises PluginError, UsageError (no such model)."""
+        if self.config.source.kind is SourceKind.MODEL:
+            self._plugins.model(self.config.plugin, self.config.source.value)
+        else:
+            self._plugins.select(self.config.plugin)
 
     def stop(self) -> None:
         """Begin the way back."""

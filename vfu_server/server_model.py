@@ -30,7 +30,7 @@ _ACCEPTING = 0x10000
 
 
 class ModelProcess:
-    """The child, its socket in a folder of its own, and what it says on standard error."""
+    """The child, its socket in a folder of its own, and what it says."""
 
     def __init__(self, process: subprocess.Popen[bytes], output: int, socket_path: Path) -> None:
         self._process = process
@@ -56,13 +56,10 @@ class ModelProcess:
         async with self._output:
             async for chunk in self._output:
                 *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    logger.info("model: %s", line.decode(errors="replace"))
                 if len(pending) > _MAX_LINE:
-                    logger.info("model: %s", pending.decode(errors="replace"))
-                    pending = b""
-        if pending:
-            logger.info("model: %s", pending.decode(errors="replace"))
+                    lines, pending = [*lines, pending], b""
+                _relay(lines)
+        _relay([pending] if pending else [])
 
     def abandon(self) -> None:
         """End it at once and remove its folder."""
@@ -104,7 +101,7 @@ async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProces
 
 
 def _spawn(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the child; the fd is the reading end of its standard error.
+    """Start the child; the fd is the reading end of what it says.
 
     From this thread: the death signal is bound to the thread that starts, and ours is the main one. A process group of
     its own keeps a Ctrl-C at the terminal from ending the hardware before its driver.
@@ -113,13 +110,21 @@ def _spawn(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     command = [sys.executable, "-P", "-m", "vfu_server.server_model_child", str(os.getpid()), *arguments]
     reader, writer = os.pipe()
     try:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=writer, process_group=0)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, process_group=0
+        )
     except OSError as error:
         os.close(reader)
         raise HostError(f"cannot start the model: {error.strerror}", error.errno) from error
     finally:
         os.close(writer)
     return process, reader
+
+
+def _relay(lines: list[bytes]) -> None:
+    for line in lines:
+        level = logging.DEBUG if line.startswith(b"ready ") else logging.INFO  # what model_server says when it listens
+        logger.log(level, "model: %s", line.decode(errors="replace"))
 
 
 def _listens(path: str) -> bool:
