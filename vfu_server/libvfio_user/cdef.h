@@ -46,6 +46,18 @@ int vs_client_reply(struct vs_client *client, unsigned command, unsigned id, con
 void vs_client_set_max_xfer(struct vs_client *client, size_t max_xfer);
 void vs_client_mark_gone(struct vs_client *client);
 
+/* kernel.h */
+struct vs_kernel_calls {
+    int (*ioctl)(int fd, unsigned long request, void *arg);
+    long (*pread)(int fd, void *buf, size_t count, uint64_t offset);
+    long (*pwrite)(int fd, const void *buf, size_t count, uint64_t offset);
+};
+int vs_ioctl(int fd, unsigned long request, void *arg);
+struct vs_door *vs_kernel_open(int device_fd, int iommu_fd, uint32_t ioas_id, size_t max_maps,
+                               const struct vs_kernel_calls *calls);
+int vs_kernel_set_region(struct vs_door *door, unsigned index, uint64_t offset, uint64_t size);
+void vs_kernel_mark_gone(struct vs_door *door);
+
 /* access.h */
 #define VS_NUM_CLASSES 5
 #define VS_NUM_ANSWERS 6
