@@ -84,7 +84,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class HostEvent:
-    """Something the device's side says by itself: kind 'gone', 'error' or 'request' (the kernel wants the device back)."""
+    """What the device's side says by itself: kind 'gone', 'error' or 'request' (the kernel wants the device back)."""
 
     kind: str
     message: str = ""

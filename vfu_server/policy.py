@@ -5,6 +5,7 @@ Policy knows nothing of how the table is walked (C does that) or of who asks; it
 """
 
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -150,7 +151,7 @@ class Policy:
         for rule in self.rules:
             _check_rule(rule, region_sizes)
         ordered = sorted(self.rules, key=lambda rule: (rule.region, rule.start))
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.region == after.region and before.end > after.start:
                 raise PluginError(
                     f"policy: rules {before.name!r} and {after.name!r} overlap "

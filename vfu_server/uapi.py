@@ -1,7 +1,8 @@
 """Numbers and packed structs of the kernel's VFIO user API and of the vfio-user protocol.
 
-Names are the kernel's (linux/vfio.h) with the prefix cut, or the protocol's (QEMU docs/interop/vfio-user.rst). All structs are
-little-endian and packed, as both ends of a UNIX socket on our hosts have them; offsets are noted where a struct has a variable tail.
+Names are the kernel's (linux/vfio.h) with the prefix cut, or the protocol's (QEMU docs/interop/vfio-user.rst). All
+structs are little-endian and packed, as both ends of a UNIX socket on our hosts have them; offsets are noted where a
+struct has a variable tail.
 """
 
 import enum

@@ -334,7 +334,7 @@ class Context:
                 ffi.buffer(buffer, count)[:] = target.trap_read_block(region, offset, count)
         except VfuServerError as error:
             return -error.errno
-        except Exception as error:  # the border to C: nothing may pass, nothing may be lost
+        except Exception as error:  # noqa: BLE001 - the border to C: nothing may pass, nothing may be lost
             self._faults.append(Fault(error, f"{'write to' if write else 'read of'} region {region} at {offset:#x}"))
             lib.vs_signal_fd(self._event_fd)
             return -errno.EIO

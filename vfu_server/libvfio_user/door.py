@@ -38,7 +38,7 @@ class NativeDoor:
         return bool(lib.vs_door_gone(self.pointer))
 
     def dma_map(self, dma_map: DmaMap) -> None:
-        """Enter a map and make it reachable for the device. OSError with the errno for the reply; the fd is duplicated."""
+        """Enter a map and make it reachable for the device; the fd is duplicated. OSError: the errno for the reply."""
         fd = os.dup(dma_map.fd) if dma_map.fd >= 0 else -1
         result = lib.vs_door_dma_map(self.pointer, dma_map.iova, dma_map.size, dma_map.prot, fd, dma_map.fd_offset)
         if result < 0 and fd >= 0:
