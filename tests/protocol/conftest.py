@@ -1,8 +1,16 @@
 """Fixtures of the protocol tests."""
 
+import os
+import select
+import tempfile
+import time
+from pathlib import Path
+
 import pytest
 
 from tests.protocol.served import Served, fd_count
+from tests.server.programs import Server
+from vfu_server.testing import Client, Guest
 
 
 @pytest.fixture
@@ -21,3 +29,73 @@ def client(served):
     """A negotiated client of `served`."""
     with served.connect() as client:
         yield client
+
+
+class EduServer(Server):
+    """The real server with the edu model, and what the kernel says of its process."""
+
+    def __init__(self, path):
+        super().__init__("--plugin", "generic_dmaq", "--model", "edu", "--socket-path", path)
+        self.path = path
+        os.set_blocking(self.process.stderr.fileno(), False)
+
+    def connect(self, memory=None, **how):
+        """A guest, not yet started."""
+        return Guest.connect(self.path, memory, **how)
+
+    def fds(self):
+        """How many file descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def threads(self):
+        """How many threads it has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def resident(self):
+        """Bytes of memory that it holds."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+    def wait_fds(self, wanted):
+        """Until it has `wanted` fds open: it closes some only after it has answered."""
+        deadline = time.monotonic() + 5
+        while self.fds() != wanted:
+            assert time.monotonic() < deadline, f"{self.fds()} file descriptors are open, not {wanted}"
+            select.select([], [], [], 0.01)
+
+    def idle(self):
+        """(fds, threads, resident bytes) while it has a client that has just negotiated."""
+        with Client.connect(self.path) as client:
+            client.negotiate()
+            client.get_info()
+            return self.fds(), self.threads(), self.resident()
+
+    def read_log(self):
+        """The lines of its log up to now."""
+        while chunk := self.process.stderr.read(1 << 20):
+            self.log += chunk.decode()
+        return self.log.splitlines()
+
+
+@pytest.fixture(scope="session")
+def edu_server():
+    """The real server with the edu model, in a process of its own; `connect()` gives a guest, not yet started."""
+    with tempfile.TemporaryDirectory(prefix="vfu-") as folder:
+        path = f"{folder}/edu.sock"
+        with EduServer(path) as server:
+            server.wait_log("listening")
+            yield server
+            assert server.end()[0] == 0
+
+
+@pytest.fixture
+def edu(edu_server):
+    """A started guest of the edu server."""
+    with edu_server.connect() as guest:
+        yield guest.start()
+
+
+@pytest.fixture(scope="module")
+def shared_edu(edu_server):
+    """A started guest that all tests of a module share: they must leave it as it was."""
+    with edu_server.connect() as guest:
+        yield guest.start()
