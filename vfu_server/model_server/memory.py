@@ -31,6 +31,8 @@ class ClientMemory:
         self.requester: Requester | None = None
         self.max_transfer = MOST_IN_A_MESSAGE
         self._lock = lock
+        self._asking = False
+        self._clients = 0
 
     def read(self, iova: int, length: int) -> bytes:
         """`length` bytes at `iova`."""
@@ -60,18 +62,24 @@ class ClientMemory:
             raise BusError(f"DMA write of {len(data)} bytes at {iova:#x}: {error.strerror}") from error
 
     def drop(self) -> None:
-        """The client has gone: so have its maps."""
+        """The client has gone: so have its maps. A message that it leaves unanswered is over before another comes."""
+        self._clients += 1
         self.door.dma_unmap_all()
+        while self._asking:
+            self._lock.wait()
 
     def _parts(self, iova: int, length: int, prot: int) -> Iterator[tuple[int, int, bool]]:
         """`(iova, length, by message)` of the pieces of a range, each within one map."""
         end = iova + length
+        client = self._clients
         for dma_map in self.door.dma_maps(iova, length):
             if dma_map.iova > iova or not dma_map.prot & prot:
                 break
             until = min(end, dma_map.iova + dma_map.size)
             step = self._step(dma_map)
             for at in range(iova, until, step):
+                if client != self._clients:
+                    raise BusError("the client has gone")
                 yield at, min(step, until - at), dma_map.fd < 0
             iova = until
         if iova < end:
@@ -93,8 +101,11 @@ class ClientMemory:
     def _ask(self, command: Command, payload: bytes) -> bytes:
         if self.requester is None:
             raise BusError("there is no client")
+        self._asking = True
         self._lock.release()
         try:
             return self.requester.request(command, payload, MESSAGE_SECONDS)
         finally:
             self._lock.acquire()
+            self._asking = False
+            self._lock.notify_all()
