@@ -192,7 +192,7 @@ class Device(ABC):
         return None
 
     def knows(self, tag: str, version: int) -> bool:
-        """Whether `load` understands such a section: an unknown optional one is skipped, any other refuses the stream."""
+        """Whether `load` understands such a section: an unknown optional one is skipped, any other refuses."""
         return True
 
     @abstractmethod
