@@ -1,5 +1,6 @@
 """The command line: what is refused, with which words and which exit code. No mistake of a user shows a traceback."""
 
+import json
 import os
 import re
 import subprocess
@@ -198,10 +199,38 @@ def test_help_teaches(folder) -> None:
             assert cli_arguments.server_config(arguments).devices
 
 
-def test_help_needs_no_slow_import() -> None:
-    program = "import sys\nfrom vfu_server import cli_parser, cli\nprint(*sys.modules)"
+@pytest.mark.parametrize(
+    ("imports", "unwanted"),
+    [
+        ("cli, cli_parser", {"trio", "pluggy", "cffi", "_cffi_backend", "vfu_server.device"}),
+        (
+            "cli, cli_parser, cli_arguments, server",
+            {"pluggy", "_cffi_backend", "vfu_server.session", "vfu_server.device"},
+        ),
+        ("cli, cli_parser, cli_arguments, server, plugins, server_device", {"tomllib"}),
+    ],
+    ids=["help", "until it listens", "until it serves"],
+)
+def test_start_is_lean(imports, unwanted) -> None:
+    """What each step of the start does without: imports are most of its time."""
+    program = f"import sys\nfrom vfu_server import {imports}\nprint(*sys.modules)"
     done = subprocess.run([command()[0], "-c", program], env=environment(), capture_output=True, text=True, check=True)
-    assert not {"trio", "rich", "msgspec", "pluggy", "importlib.metadata", "cffi"} & set(done.stdout.split())
+    assert not ({"rich", "msgspec", "importlib.metadata", "email"} | unwanted) & set(done.stdout.split())
+
+
+def test_show_policy() -> None:
+    done = run("--plugin", "generic_dmaq", "--show-policy", "--mmap", "never")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("generic_dmaq: ")
+    for word in ("edu", "ioat", "BAR0", "running", "stopped", "resuming"):
+        assert word in done.stdout
+    said = json.loads(run("--plugin", "generic_dmaq", "--show-policy", "--format", "json").stdout)
+    assert {"edu", "ioat"} <= set(said["generic_dmaq"])
+    assert said["generic_dmaq"]["edu"]["p2p"] is False
+    assert said["generic_dmaq"]["edu"]["mmap"] == "plugin"
+    done = run("--plugin", "generic_dmaq", "--show-policy", "--option", "profile=/nowhere/chip.toml")
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False)
+    assert "/nowhere/chip.toml" in done.stderr
 
 
 def test_reader_of_the_output_has_gone() -> None:
