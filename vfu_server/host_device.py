@@ -115,6 +115,8 @@ class HostDevice(Protocol):
     """All five interrupt indexes."""
     can_reset: bool
     """VFIO_DEVICE_RESET (or its like) exists."""
+    dma_by_messages: bool
+    """The device's side reaches client memory without fd by DMA_READ and DMA_WRITE (`relay`); hardware never does."""
     relay: Callable[[Command, bytes], Awaitable[bytes]] | None
     """Set by the session: sends DMA_READ or DMA_WRITE to the client. For doors whose device reaches memory by messages.
     """

@@ -22,6 +22,7 @@ from vfu_server.region import MmapMode, compile_rules, mmap_areas
 from vfu_server.session_config import flr_bits
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_load import Load
+from vfu_server.session_memory import ClientMemory
 from vfu_server.session_messages import Messages
 from vfu_server.session_migration import Migration
 from vfu_server.session_refuse import refuse_client
@@ -79,8 +80,9 @@ class Session:
         self._save = Save(host, device, ring, plugin_name, plugin_version)
         self._load = Load(host, device, ring, plugin_name)
         self._migration = Migration(device, self._context, self._save, self._load)
+        self._memory = ClientMemory(name, host, self._context)
         self._dirty = DirtyLog(host, options.dirty_tracking)
-        self._messages = Messages(host, device, self._migration, self._dirty)
+        self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
         self._idle = trio.Event()
         self._idle.set()
         self._gone: DeviceGoneError | None = None
@@ -217,7 +219,7 @@ class Session:
                 self._refused = f"the device could not be brought back after its last client: {error}"
                 log.error("%s", self._refused)
         try:
-            await self._host.dma_unmap_all()
+            await self._memory.forget()
         except HostError as error:
             log.warning("client memory could not be unmapped: %s", error)
 

@@ -6,8 +6,6 @@ waits: the session calls one handler at a time.
 
 import errno
 import logging
-import os
-import stat
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -16,10 +14,11 @@ from vfu_server import feature, uapi
 from vfu_server.device import Device
 from vfu_server.errors import ClientError, HostError
 from vfu_server.feature import FeatureRequest, Offer
-from vfu_server.host_device import DmaMap, HostDevice
+from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.context import Message
 from vfu_server.migration import migration_flags
 from vfu_server.session_dirty import DirtyLog
+from vfu_server.session_memory import ClientMemory
 from vfu_server.session_migration import Migration
 from vfu_server.uapi import Command, Feature, IrqIndex
 
@@ -32,17 +31,19 @@ STREAM_OVERHEAD = 16 << 10
 class Messages:
     """The handlers for one device; `armed` are the interrupt indexes that its present client has set up."""
 
-    def __init__(self, host: HostDevice, device: Device, migration: Migration, dirty: DirtyLog) -> None:
+    def __init__(
+        self, host: HostDevice, device: Device, migration: Migration, dirty: DirtyLog, memory: ClientMemory
+    ) -> None:
         self._host = host
         self._device = device
         self._migration = migration
         self._dirty = dirty
         self.armed: set[int] = set()
-        self._told: set[str] = set()
+        self._memory = memory
         self._handlers: dict[Command, Callable[[Message], Awaitable[bytes]]] = {
             Command.DEVICE_SET_IRQS: self._set_irqs,
-            Command.DMA_MAP: self._dma_map,
-            Command.DMA_UNMAP: self._dma_unmap,
+            Command.DMA_MAP: memory.map,
+            Command.DMA_UNMAP: memory.unmap,
             Command.DEVICE_RESET: self._device_reset,
             Command.REGION_WRITE: self._function_level_reset,
             Command.DEVICE_FEATURE: self._device_feature,
@@ -89,42 +90,6 @@ class Messages:
                 log.warning("interrupts of index %s could not be turned off: %s", IrqIndex(index).name, error)
         self.armed.clear()
 
-    # DMA: only what C did not decide by itself
-
-    async def _dma_map(self, message: Message) -> bytes:
-        layout = uapi.DMA_MAP
-        _, flags, offset, iova, size = layout.unpack_from(message.payload)
-        if flags & ~(uapi.DMA_FLAG_READ | uapi.DMA_FLAG_WRITE):
-            raise ClientError(f"DMA_MAP: unknown flags {flags:#x}")
-        if message.fds and not stat.S_ISREG(os.fstat(message.fds[0]).st_mode):
-            # A peer device's BAR: its fd must not get into our IOMMU; DMA to it faults there instead.
-            self._tell_once("peer", f"DMA_MAP {iova:#x}+{size:#x}: memory of another device, accepted and not mapped")
-            return b""
-        fd = message.fds[0] if message.fds else -1
-        try:
-            await self._host.dma_map(DmaMap(iova, size, flags, fd, offset if message.fds else 0))
-        except HostError as error:
-            if error.errno == errno.ENOSPC:
-                self._tell_once("limit", f"DMA_MAP {iova:#x}+{size:#x}: the limit on the number of maps is reached")
-            raise
-        if fd < 0:
-            self._tell_once(
-                "fdless",
-                f"guest memory at {iova:#x}+{size:#x} came without a file descriptor: each DMA to it is a message to"
-                " the client; with QEMU use -object memory-backend-memfd,share=on to share it",
-            )
-        return b""
-
-    async def _dma_unmap(self, message: Message) -> bytes:
-        _, flags, iova, size = uapi.DMA_UNMAP.unpack_from(message.payload)
-        if flags & uapi.DMA_UNMAP_FLAG_ALL and not iova and not size:
-            await self._host.dma_unmap_all()
-        elif flags:
-            raise ClientError(f"DMA_UNMAP: unknown flags {flags:#x}")
-        else:
-            await self._host.dma_unmap(iova, size)
-        return message.payload[: uapi.DMA_UNMAP.size]
-
     # reset
 
     async def _device_reset(self, _message: Message) -> bytes:
@@ -139,7 +104,8 @@ class Messages:
     # features
 
     async def _device_feature(self, message: Message) -> bytes:
-        flags = migration_flags(self._device.capabilities)
+        # Memory that the hardware cannot reach would not be the same on the other side.
+        flags = 0 if self._memory.unreachable else migration_flags(self._device.capabilities)
         request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
         if request.probe:
             return request.reply()
@@ -168,7 +134,3 @@ class Messages:
         if request.set:
             await self._migration.set_state(feature.wanted_state(request))
         return feature.state_reply(request, self._migration.state)
-
-    def _tell_once(self, key: str, text: str) -> None:
-        log.log(logging.DEBUG if key in self._told else logging.WARNING, "%s", text)
-        self._told.add(key)

@@ -47,6 +47,7 @@ class VfioUserHost:
         self.regions: Sequence[RegionInfo] = regions
         self.irqs: Sequence[IrqInfo] = irqs
         self.can_reset = bool(flags & uapi.DEVICE_FLAGS_RESET)
+        self.dma_by_messages = True
         self.relay: Relay | None = None
         self._door = door
         self._closed = False
