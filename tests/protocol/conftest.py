@@ -4,10 +4,12 @@ import os
 import select
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.model_process import ModelProcess
 from tests.protocol.served import Served, fd_count
 from tests.server.programs import Server
 from vfu_server.testing import Client, Guest
@@ -32,12 +34,17 @@ def client(served):
 
 
 class EduServer(Server):
-    """The real server with the edu model, and what the kernel says of its process."""
+    """The real server before an edu model, whose time is scaled, and what the kernel says of the server's process."""
 
-    def __init__(self, path):
-        super().__init__("--plugin", "generic_dmaq", "--model", "edu", "--socket-path", path)
-        self.path = path
+    def __init__(self, folder, time_scale):
+        self.model = ModelProcess(Path(folder), "edu", time_scale=time_scale)
+        self.path = f"{folder}/edu.sock"
+        super().__init__("--plugin", "generic_dmaq", "--device-socket", self.model.path, "--socket-path", self.path)
         os.set_blocking(self.process.stderr.fileno(), False)
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.model.close()
 
     def connect(self, memory=None, **how):
         """A guest, not yet started."""
@@ -76,15 +83,27 @@ class EduServer(Server):
         return self.log.splitlines()
 
 
+@contextmanager
+def running_edu_server(time_scale):
+    with tempfile.TemporaryDirectory(prefix="vfu-") as folder, EduServer(folder, time_scale) as server:
+        server.wait_log("listening")
+        yield server
+        assert server.end()[0] == 0
+
+
 @pytest.fixture(scope="session")
 def edu_server():
-    """The real server with the edu model, in a process of its own; `connect()` gives a guest, not yet started."""
-    with tempfile.TemporaryDirectory(prefix="vfu-") as folder:
-        path = f"{folder}/edu.sock"
-        with EduServer(path) as server:
-            server.wait_log("listening")
-            yield server
-            assert server.end()[0] == 0
+    """The real server with the edu model, in processes of their own; `connect()` gives a guest, not yet started."""
+    with running_edu_server(0.05) as server:
+        yield server
+
+
+@pytest.fixture
+def slow_edu():
+    """A started guest of a server whose edu model takes 300 ms for a transfer."""
+    with running_edu_server(3.0) as server, server.connect() as guest:
+        guest.server = server
+        yield guest.start()
 
 
 @pytest.fixture

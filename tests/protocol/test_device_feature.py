@@ -111,14 +111,14 @@ def test_data_that_is_not_whole_never_starts_a_device(edu, how):
     assert driver.guest.client.get_info().num_irqs == 5
 
 
-def test_accesses_go_on_and_orders_wait_while_the_device_is_brought_to_rest(edu):
-    """A transfer of 100 ms is under way: stopping waits for it."""
-    driver, client = EduDriver(edu), edu.client
+def test_accesses_go_on_and_orders_wait_while_the_device_is_brought_to_rest(slow_edu):
+    """A transfer is under way: stopping waits for it."""
+    driver, client = EduDriver(slow_edu), slow_edu.client
     driver.begin_dma(0x1000, BUFFER, 64, 0)
     stop = client.send_message(
         Command.DEVICE_FEATURE, uapi.DEVICE_FEATURE.pack(16, STATE | SET) + uapi.FEATURE_STATE.pack(MigState.STOP, -1)
     )
-    arm = client.send_message(Command.DEVICE_SET_IRQS, uapi.IRQ_SET.pack(20, 0x24, 0, 0, 1), edu.interrupts.fds)
+    arm = client.send_message(Command.DEVICE_SET_IRQS, uapi.IRQ_SET.pack(20, 0x24, 0, 0, 1), slow_edu.interrupts.fds)
     unmap = client.send_message(Command.DMA_UNMAP, uapi.DMA_UNMAP.pack(24, 0, 0x80000000, 0x1000))
     assert client.read(RegionIndex.CONFIG, 0, 4) == 0x11E81234
     assert client.get_info().num_irqs == 5

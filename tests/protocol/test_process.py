@@ -9,7 +9,8 @@ import pytest
 
 from tests.protocol.test_fds import WRONG
 from vfu_server import uapi
-from vfu_server.testing import Client, ConnectionClosedError, EduDriver, Guest, GuestMemory, ReplyError
+from vfu_server.testing import Client, ConnectionClosedError, EduDriver, GuestMemory, ReplyError
+from vfu_server.testing.edu import BUFFER, DMA_FROM_DEVICE
 from vfu_server.uapi import Command, HeaderFlag
 
 
@@ -145,12 +146,14 @@ def test_silent_connections_do_not_keep_others_out_for_long(edu_server):
         assert client.negotiate().max_msg_fds == 8
 
 
-def test_what_a_client_left_running_does_not_touch_its_memory_afterwards(edu_server):
+def test_what_a_client_left_running_does_not_touch_its_memory_afterwards(slow_edu):
+    driver = EduDriver(slow_edu)
+    slow_edu.memory.write(0x1000, b"of the first client")
+    driver.copy_to_device(0x1000, 19)
+    driver.begin_dma(BUFFER, 0x2000, 19, DMA_FROM_DEVICE)
     with GuestMemory.of(1 << 20) as memory:
-        with edu_server.connect(memory) as guest:
-            driver = EduDriver(guest.start())
-            driver.begin_dma(0x40000, 0x1000, 64, 2)
-        before = memory.read(0, 1 << 20)
-        with Guest(Client.connect(edu_server.path)) as guest:
-            EduDriver(guest.start())._poll(0x98, 1, "the transfer of the old client")
-        assert memory.read(0, 1 << 20) == before
+        slow_edu.client.close()
+        with slow_edu.server.connect(memory) as guest:
+            EduDriver(guest.start()).finish_dma()
+            assert memory.read(0, 1 << 20) == bytes(1 << 20)
+        assert slow_edu.memory.read(0x2000, 19) == bytes(19)
