@@ -35,7 +35,7 @@ class ServedDevice:
         self.was_served = False
         """It came as far as being served, so its failure was told when it happened."""
         self.forced = False
-        """The way back was cut short."""
+        """The way back was cut short: the device is not at rest."""
         self.opened = trio.Event()
         """It is served, or will never be."""
         self._plugins = plugins
@@ -96,7 +96,10 @@ class ServedDevice:
             logger.info("listening at %s (%s, plugin %s %s)", self.listener.description, host.name, *_who(taken))
             self.stage, self.was_served = Stage.SERVING, True
             self.opened.set()
-            await session.run(self._accept)
+            try:
+                await session.run(self._accept)
+            finally:
+                self.forced = self.forced or bool(session.refused)
 
     async def _open_host(self, stack: contextlib.AsyncExitStack) -> HostDevice:
         source = self.config.source

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 RECLAIM_DEADLINE = 3.0
 """Seconds to bring the device back when its client has gone."""
+UNMAP_DEADLINE = 1.0
+"""Seconds more for its memory, which is unmapped also from a device that did not come back."""
 RELAY_TIMEOUT = 4.0
 MAX_MISTAKES = 256
 
@@ -94,6 +96,11 @@ class Session:
         """The device's migration state."""
         return self._migration.state
 
+    @property
+    def refused(self) -> str:
+        """Why the device could not be brought back and no further client is served; empty if all is well."""
+        return self._refused
+
     def statistics(self) -> SessionStatistics:
         """Counters since the session began."""
         return SessionStatistics(self._context.statistics(), dict(self._mistakes), self._clients)
@@ -151,7 +158,7 @@ class Session:
             self._save.attach(None)
             self._load.attach(None)
             self._context.detach()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + RECLAIM_DEADLINE):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + RECLAIM_DEADLINE + UNMAP_DEADLINE):
                 await trio.to_thread.run_sync(self._context.join)
                 for event in self._context.events():
                     if isinstance(event, Message):
@@ -213,10 +220,12 @@ class Session:
             await self._dirty.stop()
         if self._touched and not self._gone:
             try:
-                await self._stop_dma()
-                await self._migration.reset()
-            except VfuServerError as error:
-                self._refused = f"the device could not be brought back after its last client: {error}"
+                with trio.fail_after(RECLAIM_DEADLINE):
+                    await self._stop_dma()
+                    await self._migration.reset()
+            except (VfuServerError, trio.TooSlowError) as error:
+                why = str(error) or f"it took longer than {RECLAIM_DEADLINE:g} s"
+                self._refused = f"the device could not be brought back after its last client: {why}"
                 log.error("%s", self._refused)
         try:
             await self._memory.forget()

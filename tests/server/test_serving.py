@@ -1,6 +1,7 @@
 """The whole program with a software model as its device: serving, ending, losing devices, refusing."""
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.programs import PROBE, TREE, Server, command, environment, install, run
-from vfu_server.testing import Client
+from vfu_server.testing import Client, ReplyError
 from vfu_server.uapi import PCI_COMMAND, RegionIndex
 
 EDU = ("--plugin", "generic_dmaq", "--model", "edu")
@@ -24,6 +25,7 @@ CHANGED = """
 import time, trio
 from plugins.generic_dmaq.probe import probe
 from vfu_server.device import Capabilities
+from vfu_server.errors import HostError
 from vfu_server.hookspecs import hookimpl
 
 VFU_SERVER_API = 1
@@ -35,6 +37,9 @@ async def for_ever(self):
 async def stuck(self):
     print("the device is stuck", flush=True)
     time.sleep(60)
+
+async def refuses(self):
+    raise HostError("no reset")
 
 async def fails(self):
     raise ValueError("a bug")
@@ -70,7 +75,11 @@ def edu_id(client: Client) -> int:
 
 def client_of(path) -> Client:
     client = Client.connect(str(path))
-    client.negotiate()
+    try:
+        client.negotiate()
+    except BaseException:
+        client.close()
+        raise
     return client
 
 
@@ -247,6 +256,7 @@ def test_second_signal_ends_at_once(folder) -> None:
     [
         ('{"aclose": for_ever}', 1, 4.0, "closing the plugin's device was cut short"),
         ('{"aclose": stuck}', 1, 6.5, "in stuck"),
+        ('{"reset": for_ever}', 1, 4.0, "could not be brought back after its last client: it took longer than 3 s"),
     ],
 )
 def test_device_that_does_not_come_to_rest(folder, members, code, limit, words) -> None:
@@ -254,10 +264,24 @@ def test_device_that_does_not_come_to_rest(folder, members, code, limit, words) 
     options = ("--plugin", "changed", "--device-socket", folder / "model.sock", "--socket-path", folder / "edu.sock")
     with edu_model(folder), Server(*options, sites=[site]) as server:
         server.wait_log("listening at")
-        ended, seconds = server.end(seconds=10)
+        with client_of(folder / "edu.sock"):
+            ended, seconds = server.end(seconds=10)
     assert (ended, seconds < limit) == (code, True), server.log
     assert words in server.log
     assert not (folder / "edu.sock").exists()
+
+
+def test_device_that_does_not_reset_is_told(folder) -> None:
+    site = changed(folder, '{"reset": refuses}')
+    options = ("--plugin", "changed", "--device-socket", folder / "model.sock", "--socket-path", folder / "edu.sock")
+    with edu_model(folder), Server(*options, sites=[site]) as server:
+        server.wait_log("listening at")
+        client_of(folder / "edu.sock").close()
+        server.wait_log("could not be brought back after its last client: no reset")
+        with pytest.raises(ReplyError) as caught:
+            client_of(folder / "edu.sock")
+        assert caught.value.errno == errno.ENODEV
+        assert server.end()[0] == 1
 
 
 def test_step_back_that_fails_does_not_keep_the_next(folder) -> None:
