@@ -4,6 +4,7 @@ It must not know how anything is done. Imports are put off until they are needed
 neither trio nor the plugins.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `vfu-server`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes it over: no traceback for a Ctrl-C
+    gc.disable()  # imports make no garbage; the server enables it when it has started
     code = run(list(sys.argv[1:] if argv is None else argv))
     sys.stdout.flush()
     logging.shutdown()

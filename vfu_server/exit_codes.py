@@ -23,7 +23,7 @@ class ExitCode(enum.IntEnum):
 
 MEANINGS: dict[ExitCode, str] = {
     ExitCode.CLEAN: "ended on request (SIGTERM, SIGINT), devices at rest and reset, sockets removed",
-    ExitCode.FORCED: "ended by force: a second signal, or a device did not come to rest",
+    ExitCode.FORCED: "ended by force: a second signal, or a device did not come to rest in time",
     ExitCode.USAGE: "the command line cannot be meant",
     ExitCode.CONFIG: "a configuration file, device profile or plugin is wrong or missing",
     ExitCode.DEVICE: "the device cannot be opened or used",

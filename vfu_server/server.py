@@ -95,8 +95,8 @@ class _Process:
                 self._stop_all()
             elif not self._ending:
                 self._notifier.ready(self._status())
-                gc.collect()
-                gc.freeze()
+            gc.freeze()
+            gc.enable()
 
     async def _serve_one(self, device: "ServedDevice") -> None:
         await device.run()
