@@ -47,6 +47,7 @@ def test_a_map_as_qemu_sends_it():
     assert parse_dma_map(map_message(0x100000, 0x7FF00000, 3, 0x100000), 9) == DmaMap(
         0x100000, 0x7FF00000, RW, 9, 0x100000
     )
+    assert parse_dma_map(map_message(0, 0x1000, 1, 0x5000), 0) == DmaMap(0, 0x1000, READ, 0, 0x5000)
     assert parse_dma_map(map_message(0xFEBF9000, 0x1000, 3, 0)) == DmaMap(0xFEBF9000, 0x1000, RW, -1, 0)
 
 
@@ -98,7 +99,7 @@ def test_unmaps():
     whole = unmap_message(0, TOP - PAGE)
     assert parse_dma_unmap(whole, 64).size == TOP - PAGE
     dirty = unmap_message(0, 65 * PAGE, 1, tail=struct.pack("<QQ", PAGE, 16))
-    assert parse_dma_unmap(dirty, 64) == DmaUnmap(0, 65 * PAGE, False, PAGE, 16)
+    assert parse_dma_unmap(dirty, 16) == DmaUnmap(0, 65 * PAGE, False, PAGE, 16)
     roomy = unmap_message(0, 0x200000, 1, tail=struct.pack("<QQ", 0x200000, 1 << 20))
     assert parse_dma_unmap(roomy, 64).bitmap_size == 8
 
@@ -167,6 +168,10 @@ def test_placements_by_config_space():
     assert bar_placements("dev", config(0x2, 0xFFFFFFF4, 0xFFFFFFFF), regions(0x10000)) == ()
     assert bar_placements("dev", config(0x2, *[0xFFFFFFFC] * 6), regions(*[0x1000] * 6))[-1].bar == 5
     assert bar_placements("dev", b"", regions(0x1000)) == ()
+    at_the_top = config(0x2, 0xFFFFF00C, 0xFFFFFFFF)
+    assert bar_placements("dev", at_the_top, regions(0x1000)) == (BarPlacement("dev", 0, TOP - PAGE, TOP),)
+    last_says_64_bits = config(0x2, 0, 0, 0, 0, 0, 0xFEB00004, 0x12345678)
+    assert bar_placements("dev", last_says_64_bits, regions(0, 0, 0, 0, 0, 0x1000))[0].start == 0xFEB00000
 
 
 BARS = [BarPlacement("0000:06:00.1", 2, 0xFE000000, 0xFE010000), BarPlacement("0000:06:00.2", 0, 1 << 40, 1 << 41)]
@@ -253,6 +258,10 @@ def test_bits_of_one_map():
     assert all_dirty([DmaMap(0, 64 * PAGE, WRITE)], 0, 64 * PAGE, PAGE) == b"\xff" * 8
     assert all_dirty([DmaMap(0, 64 * PAGE, READ)], 0, 64 * PAGE, PAGE) == bytes(8)
     assert all_dirty([], 0, PAGE, PAGE) == bytes(8)
+    neighbours = [DmaMap(0, PAGE, RW), DmaMap(3 * PAGE, PAGE, RW)]
+    assert all_dirty(neighbours, PAGE, 2 * PAGE, 64 * PAGE) == bytes(8)
+    assert all_dirty([DmaMap(0, 2 * PAGE, RW)], 2 * PAGE + 8, PAGE, PAGE) == bytes(8)
+    assert all_dirty([DmaMap(3 * PAGE, PAGE, RW)], PAGE // 2, 2 * PAGE + PAGE // 2, PAGE) == bytes(8)
     assert all_dirty([DmaMap(0, 1 << 63, RW)], TOP - 65 * PAGE, 65 * PAGE, PAGE) == bytes(16)
     assert all_dirty([DmaMap(TOP - PAGE, PAGE, RW)], TOP - 64 * PAGE, 64 * PAGE, PAGE) == bytes(7) + b"\x80"
 

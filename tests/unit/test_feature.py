@@ -223,6 +223,8 @@ def test_start_takes_as_many_ranges_as_the_kernel():
     assert len(most) == 256
     assert parse_logging_start(start(0x1000, most[::-1])).ranges == tuple(most[::-1])
     assert start_refusal(0x1000, [*most, (1 << 40, 0x1000)]) == errno.E2BIG
+    touching = ((0x1000, 0x1000), (0x2000, 0x2000), (0, 0x1000))
+    assert parse_logging_start(start(0x1000, touching)).ranges == touching
     assert start_refusal(0x1000, [], count=0xFFFFFFFF) == errno.E2BIG
 
 
@@ -255,6 +257,7 @@ def test_report_and_its_reply(length, page_size, size):
     with pytest.raises(ClientError) as refused:
         report(0x100000, length, page_size, 8 + 24 + size - 1)
     assert refused.value.errno == errno.EINVAL
+    assert report(0x100000, length, page_size, 8 + 24 + size, max_bitmap=size)[1] == parsed
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,10 @@ def test_a_state_whose_flag_is_missing_is_refused(flags):
                 path(flags, source, target)
             with pytest.raises(StateError, match="does not offer"):
                 path(flags, target, source)
+    for target in missing:
+        flag = "PRE_COPY" if target in SAVING and not flags & MIGRATION_PRE_COPY else "P2P"
+        with pytest.raises(StateError, match=f"{target.name} was asked for, which needs .*{flag}"):
+            path(flags, MigState.STOP, target)
     wanted = {
         MIGRATION_P2P: {MigState.RUNNING_P2P, MigState.PRE_COPY_P2P},
         MIGRATION_PRE_COPY: {MigState.PRE_COPY, MigState.PRE_COPY_P2P},
