@@ -60,6 +60,7 @@ class FakeBus:
     def intx(self, level: bool) -> None:
         self.edges += level != self.level
         self.level = level
+        self._model.config.set_interrupt_status(level)
 
     @property
     def messages_enabled(self) -> bool:
@@ -77,6 +78,19 @@ class FakeBus:
         return self._time
 
     # what a test does
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """A write to config space; switching messages on lowers the line, as PCI wants it."""
+        before = self.messages_enabled
+        self._model.config.write(offset, data)
+        if self.messages_enabled and not before:
+            self.intx(False)
+
+    def reset(self) -> None:
+        """What a reset of the machine does to any device."""
+        self.intx(False)
+        self._model.config.reset()
+        self._model.bus_reset()
 
     def step(self, seconds: float) -> None:
         """Let time go on, and call back who is due."""

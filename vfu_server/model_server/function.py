@@ -90,14 +90,19 @@ class Function:
     # the client's side, taking the lock: accesses in the pump's thread
 
     def trap_read(self, region: int, offset: int, width: int) -> int:
-        """A read of 1, 2, 4 or 8 bytes."""
+        """A read of 1, 2, 4 or 8 bytes. An unaligned one of a BAR reaches the model in parts."""
+        if offset % width and region != RegionIndex.CONFIG:
+            return int.from_bytes(self.trap_read_block(region, offset, width), "little")
         with self.lock:
             value = self._read(region, offset, width)
             self.accesses.note(False, region, offset, width, value)
             return value
 
     def trap_write(self, region: int, offset: int, width: int, value: int) -> None:
-        """A write of 1, 2, 4 or 8 bytes."""
+        """A write of 1, 2, 4 or 8 bytes, as `trap_read`."""
+        if offset % width and region != RegionIndex.CONFIG:
+            self.trap_write_block(region, offset, value.to_bytes(width, "little"))
+            return
         with self.lock:
             self.accesses.note(True, region, offset, width, value)
             self._write(region, offset, width, value)
@@ -109,7 +114,7 @@ class Function:
                 data = self._config.read(offset, length)
                 self.accesses.note(False, region, offset, length, 0)
                 return data
-        return b"".join(self.trap_read(region, at, w).to_bytes(w, "little") for at, w in _split(offset, length))
+        return b"".join(self.trap_read(region, at, w).to_bytes(w, "little") for at, w in aligned_parts(offset, length))
 
     def trap_write_block(self, region: int, offset: int, data: bytes) -> None:
         """A write of any length, as `trap_read_block`."""
@@ -118,7 +123,7 @@ class Function:
                 self.accesses.note(True, region, offset, len(data), 0)
                 self._write_config(offset, data)
             return
-        for at, width in _split(offset, len(data)):
+        for at, width in aligned_parts(offset, len(data)):
             value = int.from_bytes(data[at - offset : at - offset + width], "little")
             self.trap_write(region, at, width, value)
 
@@ -257,8 +262,8 @@ class Function:
             raise BusError("bus mastering is off")
 
 
-def _split(offset: int, length: int) -> list[tuple[int, int]]:
-    """Naturally aligned accesses of 8, 4, 2 and 1 bytes that make up a range."""
+def aligned_parts(offset: int, length: int) -> list[tuple[int, int]]:
+    """`(offset, width)` of the naturally aligned accesses that make up a range."""
     parts = []
     while length:
         width = next(w for w in (8, 4, 2, 1) if offset % w == 0 and w <= length)
