@@ -135,7 +135,7 @@ class _Process:
             for failure in at_start[1:]:
                 at_start[0].add_note(f"also: {failure}")
             raise at_start[0]
-        if any(device.forced for device in self._devices):
+        if any(device.forced and device.stage is not Stage.LOST for device in self._devices):
             return ExitCode.FORCED
         if self._ending or not failed:
             return ExitCode.CLEAN
