@@ -182,13 +182,10 @@ class DmaQueueDevice(Device):
     async def _save_memory(self, values: Mapping[str, int]) -> bytes | None:
         if not self.hooks.memory_size:
             return None
+        # should the client give up meanwhile, `start` puts back what is owed
         self._owed = values
-        try:
-            memory = await self.hooks.save_memory()
-        finally:
-            # also when the client gives up: the device must be startable
-            with trio.CancelScope(shield=True):
-                await self._put_back()
+        memory = await self.hooks.save_memory()
+        await self._put_back()
         if memory is None:
             self._counts["memory_not_carried"] += 1
         return memory

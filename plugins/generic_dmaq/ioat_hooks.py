@@ -60,6 +60,7 @@ class Channel:
     state: int
     last: int
     chain: int
+    completion: int
     count: int
     errors: int
 
@@ -72,6 +73,7 @@ class Channel:
             status & STATE_MASK,
             status & ADDRESS_MASK & (2**64 - 1),
             values[f"{name}.chainaddr"],
+            values[f"{name}.chancmp"],
             values[f"{name}.dmacount"],
             values[f"{name}.chanerr"],
         )
@@ -108,7 +110,11 @@ class IoatHooks(Hooks):
         self._until = trio.current_time() + CHAINS_SECONDS
 
     async def restore(self, register: Register, value: int, values: Mapping[str, int]) -> None:
-        """A channel, in the turn of its status register."""
+        """A channel, in the turn of its status register; CHANCMP, where the channel does not have it yet."""
+        if not register.name.endswith(".chansts"):
+            if self.bench.port.read(register.name) != value:
+                self.bench.port.write_halves(register.name, value)
+            return
         channel = Channel.of(register.name.rpartition(".")[0], values)
         if channel.errors:
             self.bench.warn(f"{channel.name}: the errors {channel.errors:#x} that it had are not carried")
@@ -152,6 +158,7 @@ class IoatHooks(Hooks):
 
     async def _keep_place(self, channel: Channel) -> bool:
         """Bring the channel to where it was; False without scratch memory. RestoreError, DeadlineError: it failed."""
+        port = self.bench.port
         size = _CHAIN + -(-DESCRIPTOR.size * channel.count // PAGE_SIZE) * PAGE_SIZE
         async with self.bench.scratch(size) as scratch:
             if scratch is None:
@@ -160,6 +167,9 @@ class IoatHooks(Hooks):
                 try:
                     following = await self._fetch_next(channel, scratch)
                     await self._reset(channel)
+                    # the driver writes CHANCMP of halted channels only, so before the chain; null descriptors ask for
+                    # no completion, so that none is written
+                    port.write_halves(f"{channel.name}.chancmp", channel.completion)
                     await self._run_nulls(channel, following, scratch)
                 except BaseException:
                     # the channel must be done with the scratch memory before that is gone
@@ -174,7 +184,8 @@ class IoatHooks(Hooks):
         source, destination = channel.last + NEXT_OFFSET, scratch.iova + _FETCHED
         memory[_FETCH : _FETCH + 64] = DESCRIPTOR.pack(8, CONTROL_FENCE, source, destination, 0)
         memory[_FETCHED : _FETCHED + 8] = bytes(8)
-        await self._run(channel, scratch, scratch.iova + _FETCH, 1, scratch.iova + _FETCH, FETCH_SECONDS)
+        self.bench.port.write_halves(f"{channel.name}.chancmp", scratch.iova + _COMPLETION)
+        await self._run(channel, scratch.iova + _FETCH, 1, scratch.iova + _FETCH, FETCH_SECONDS)
         (following,) = struct.unpack_from("<Q", memory, _FETCHED)
         return int(following)
 
@@ -191,13 +202,12 @@ class IoatHooks(Hooks):
             at = _CHAIN + DESCRIPTOR.size * index
             DESCRIPTOR.pack_into(scratch.memory, at, 1, CONTROL_NULL, 0, 0, address)
         last = first + DESCRIPTOR.size * (channel.count - 1)
-        await self._run(channel, scratch, first, channel.count, last, self._until - trio.current_time())
+        await self._run(channel, first, channel.count, last, self._until - trio.current_time())
 
-    async def _run(self, channel: Channel, scratch: Scratch, first: int, count: int, last: int, seconds: float) -> None:
+    async def _run(self, channel: Channel, first: int, count: int, last: int, seconds: float) -> None:
         """Run `count` descriptors from `first` on a halted channel, up to the one at `last`, without interrupt."""
         port, name = self.bench.port, channel.name
         port.write(f"{name}.chanctrl", 0)
-        port.write_halves(f"{name}.chancmp", scratch.iova + _COMPLETION)
         port.write_halves(f"{name}.chainaddr", first)
         port.write(f"{name}.dmacount", count)
 

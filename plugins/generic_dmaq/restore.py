@@ -25,7 +25,7 @@ async def quiet(bench: Bench, seconds: float) -> None:
     interrupts = bench.layout.profile.interrupts
     for name, value in interrupts.mask:
         bench.port.write(name, value)
-    await bench.wait_empty(seconds)
+    await bench.wait_empty(seconds, bench.layout.profile.settle_seconds)
     for name, value in interrupts.clear:
         bench.port.write(name, value)
 

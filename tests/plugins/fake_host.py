@@ -75,6 +75,8 @@ class FakeHost:
             raise HostError("memory space is off")
 
     def config_write(self, offset: int, width: int, value: int) -> None:
+        if offset == 0x180:  # I/OAT: written ones clear
+            value = int.from_bytes(self.config[offset : offset + width], "little") & ~value
         self.config[offset : offset + width] = value.to_bytes(width, "little")
 
     def tick(self) -> None:
@@ -184,6 +186,8 @@ class FakeEdu(FakeHost):
         self.buffer = bytearray(0x1000)
         self.msi = False
         self.intx = False
+        self.was_high = False
+        self.edges = 0
         self.messages = 0
         self.due: list[tuple[float, Callable[[], None]]] = []
         self.factorial_seconds = 0.001
@@ -206,6 +210,16 @@ class FakeEdu(FakeHost):
             self.messages += bool(self.command & PCI_COMMAND_MASTER)
             return
         self.intx = True
+        self.look()
+
+    def look(self) -> None:
+        """Count what an interrupt controller takes for a new interrupt."""
+        self.edges += self.line() and not self.was_high
+        self.was_high = self.line()
+
+    def config_write(self, offset: int, width: int, value: int) -> None:
+        super().config_write(offset, width, value)
+        self.look()
 
     def line(self) -> bool:
         """INTx as the interrupt controller sees it."""
@@ -239,6 +253,7 @@ class FakeEdu(FakeHost):
             regs[0x24] &= ~value
             if not regs[0x24] and not self.msi:
                 self.intx = False
+                self.look()
         elif offset in (0x80, 0x88, 0x90) and not regs[0x98] & 1:
             regs[offset] = value
         elif offset == 0x98 and not regs[0x98] & 1 and value & 1:
@@ -278,9 +293,10 @@ class FakeEdu(FakeHost):
 
 
 class FakeIoat(FakeHost):
-    """I/OAT with two channels; a kick takes effect after `delay` seconds and runs all descriptors at once.
+    """I/OAT with two channels; a kick is seen after `blind` seconds and has run all descriptors `delay` seconds later.
 
-    `suspended` puts channels into that state; `bad_nulls` makes a null descriptor an error; `slow` never finishes.
+    Faults: `bad_nulls` makes a null descriptor an error, `slow` sees no kick, `deaf_reset` and `deaf` (offsets within a
+    channel) drop writes.
     """
 
     bar_size = 0x4000
@@ -302,6 +318,8 @@ class FakeIoat(FakeHost):
         self.scratch_base = 0x8000_0000
         self.chans = [FakeChannel(self) for _ in range(self.channels)]
         self.delay = 0.0001
+        self.blind = 0.0
+        self.deaf: set[int] = set()
         self.bad_nulls = False
         self.slow = False
         self.deaf_reset = False
@@ -337,9 +355,12 @@ class FakeChannel:
         self.state = 3
         self.finished = 0
         self.following = 0
+        self.seen: float | None = None
         self.due: float | None = None
         self.interrupts = 0
         self.executed: list[int] = []
+        self.completions: list[int] = []
+        """CHANCMP at each descriptor."""
 
     def read(self, offset: int, width: int) -> int:
         if offset == 0x08:
@@ -351,6 +372,7 @@ class FakeChannel:
         if offset in (0x10, 0x14, 0x18, 0x1C):
             base, shift = offset & ~4, (offset & 4) * 8
             assert width == 4, "the hardware takes two halves"
+            assert self.state == 3, "the driver writes it on halted channels only"
             regs[base] = regs[base] & ~(0xFFFFFFFF << shift) | value << shift
             if base == 0x10:
                 self.following, self.finished = regs[0x10], 0
@@ -358,16 +380,18 @@ class FakeChannel:
             regs[0x28] &= ~value
         elif offset == 0x04 and value & 0x20:
             if not self.host.deaf_reset:
-                self.state, self.due, self.finished, self.following = 3, None, 0, 0
+                self.state, self.due, self.seen, self.finished, self.following = 3, None, None, 0, 0
                 regs[0x06] = 0
         elif offset == 0x06:
             regs[0x06] = value
             if self.finished != value and not self.host.slow:
-                self.state, self.due = 0, trio.current_time() + self.host.delay
-        elif offset in (0x00, 0x2C):
+                self.seen = trio.current_time() + self.host.blind
+        elif offset in (0x00, 0x2C) and offset not in self.host.deaf:
             regs[offset] = value
 
     def tick(self) -> None:
+        if self.seen is not None and self.seen <= trio.current_time():
+            self.state, self.due, self.seen = 0, self.seen + self.host.delay, None
         if self.due is None or self.due > trio.current_time():
             return
         self.due = None
@@ -377,9 +401,15 @@ class FakeChannel:
             except LookupError:
                 self.regs[0x28] |= 1 << 8
             if self.regs[0x28]:
-                self.state = 3
+                self.fail()
                 return
         self.state = 1
+
+    def fail(self) -> None:
+        self.state = 3
+        self.interrupts += self.regs[0x00] >> 4 & 1
+        if self.regs[0x00] & 4:
+            self.host.dma_write(self.regs[0x18], struct.pack("<Q", self.last | self.state))
 
     def run_one(self) -> None:
         address = self.following
@@ -394,6 +424,7 @@ class FakeChannel:
         else:
             self.host.dma_write(destination, self.host.dma_read(source, size))
         self.executed.append(address)
+        self.completions.append(self.regs[0x18])
         self.last, self.following = address, following
         self.finished = self.finished + 1 & 0xFFFF
         self.interrupts += control & 1

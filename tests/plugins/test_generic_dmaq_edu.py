@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, trio_test
 
 from plugins.generic_dmaq.edu_hooks import RESULTS
+from plugins.generic_dmaq.port import lent_command
 from tests.plugins.carry import ListSink, loaded, saved, take
 from tests.plugins.fake_host import FakeEdu
 from vfu_server.device import SavePhase, Section, StopKind
@@ -176,7 +177,7 @@ def test_whatever_a_guest_left_arrives(
         source.regs.update({0x04: liveness, 0x08: result, 0x20: wanted, 0x24: pending, 0x98: command})
         source.regs.update(zip((0x80, 0x88, 0x90), addresses, strict=True))
         source.buffer[:] = bytes((fill, 255 - fill)) * 0x800
-        source.intx = bool(pending) and not msi
+        source.intx = source.was_high = bool(pending) and not msi
         source.msi = target.msi = msi
         target.intx = False
         source.command = target.command = command_register
@@ -187,6 +188,9 @@ def test_whatever_a_guest_left_arrives(
         assert picture(target) == before
         # one interrupt more under MSI if one was pending and may be sent, none of our own
         assert target.messages == (1 if msi and pending and command_register & PCI_COMMAND_MASTER else 0)
+        assert target.edges == (1 if pending and not msi else 0)
+        # a line that was high before may be lowered and raised again, but none is raised that was low
+        assert source.edges == 0 or source.intx
         assert (source.messages, source.strays, target.strays) == (0, [], [])
 
     run(clock=MockClock(autojump_threshold=0))
@@ -201,6 +205,39 @@ async def test_a_running_target_is_brought_to_rest_first(autojump_clock: MockClo
         target.write(0, offset, 4, value)
     await loaded(device, sections)
     assert (target.regs, target.buffer) == (BUSY, used().buffer)
+
+
+@trio_test
+async def test_interrupts_of_an_earlier_guest_reach_nobody(autojump_clock: MockClock) -> None:
+    source, target = FakeEdu(), FakeEdu()
+    source.regs.update({0x08: 1, 0x24: 0x1})
+    sections = await saved(take(source))
+    target.msi, target.factorial_seconds = True, 0.0
+    target.regs.update({0x20: 0x80, 0x24: 0x106})
+    device = take(target)
+    target.write(0, 0x08, 4, 5)
+    target.tick()
+    await loaded(device, sections)
+    await trio.sleep(1)
+    # the factorial had ended before its interrupt could be masked: one message of the earlier guest, one of this one
+    assert (target.read(0, 0x24, 4), target.messages) == (0x1, 2)
+    assert target.regs == {**source.regs}
+
+
+def test_bits_of_command_that_others_change_meanwhile_are_kept() -> None:
+    @trio_test
+    async def run(clock: MockClock) -> None:
+        host = FakeEdu()
+        host.command = PCI_COMMAND_MEMORY
+        with lent_command(host, PCI_COMMAND_MASTER):
+            assert host.command == PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER
+            host.command |= 0x100
+        assert host.command == PCI_COMMAND_MEMORY | 0x100
+        with lent_command(host, PCI_COMMAND_MASTER, off=PCI_COMMAND_MEMORY):
+            assert host.command == PCI_COMMAND_MASTER | 0x100
+        assert host.command == PCI_COMMAND_MEMORY | 0x100
+
+    run(clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("seconds", [0.02, 0.11, 0.15, 0.25])
