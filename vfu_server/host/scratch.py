@@ -20,28 +20,50 @@ FIRST_IOVA = PAGE_SIZE
 """Address 0 is left alone: too many devices take it for 'none'."""
 
 
-def find_hole(maps: Sequence[DmaMap], size: int, limit: int) -> int | None:
-    """The lowest free iova for `size` bytes that end at or below `limit`; `maps` sorted by iova."""
+ALL_IOVAS = ((0, (1 << 64) - 1),)
+
+
+def find_place(maps: Sequence[DmaMap], size: int, limit: int, usable: Sequence[tuple[int, int]] = ()) -> int | None:
+    """The lowest free iova for `size` bytes that end at or below `limit`; `maps` sorted by iova.
+
+    `usable`: ranges that the IOMMU takes, (first, last), ascending; none given: all.
+    """
     at = FIRST_IOVA
-    for m in maps:
-        if m.iova >= at + size:
-            break
-        at = max(at, m.iova + m.size)
-    return at if at + size <= limit else None
+    remaining = iter(maps)
+    taken = next(remaining, None)
+    for first, last in usable or ALL_IOVAS:
+        at = max(at, -(-first // PAGE_SIZE) * PAGE_SIZE)
+        while taken is not None and taken.iova < at + size:
+            at = max(at, taken.iova + taken.size)
+            taken = next(remaining, None)
+        if at + size <= min(limit, last + 1):
+            return at
+    return None
+
+
+def highest_place(size: int, limit: int, usable: Sequence[tuple[int, int]] = ()) -> int | None:
+    """The highest iova for `size` bytes that end at or below `limit`, whatever is mapped there."""
+    for first, last in reversed(usable or ALL_IOVAS):
+        at = (min(limit, last + 1) - size) // PAGE_SIZE * PAGE_SIZE
+        if at >= first:
+            return at
+    return None
 
 
 @asynccontextmanager
-async def scratch_memory(door: NativeDoor, size: int, limit: int) -> AsyncIterator[Scratch]:
-    """Map `size` bytes (rounded up to pages) of fresh zeroed memory for the device below `limit`.
+async def scratch_memory(
+    door: NativeDoor, size: int, limit: int, usable: Sequence[tuple[int, int]] = ()
+) -> AsyncIterator[Scratch]:
+    """Map `size` bytes (rounded up to pages) of fresh zeroed memory for the device below `limit`, in a `usable` range.
 
     Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back.
     """
     size = -(-size // PAGE_SIZE) * PAGE_SIZE
-    iova = find_hole(door.dma_maps(0, limit), size, limit)
+    iova = find_place(door.dma_maps(0, limit), size, limit, usable)
     aside: list[DmaMap] = []
     if iova is None:
-        iova = (limit - size) // PAGE_SIZE * PAGE_SIZE
-        if iova < 0:
+        iova = highest_place(size, limit, usable)
+        if iova is None:
             raise HostError(f"no room for {size} bytes of scratch memory below {limit:#x}")
         aside = [_keep(m) for m in door.dma_maps(iova, size)]
     fd = os.memfd_create("vfu-scratch", os.MFD_CLOEXEC)

@@ -1,0 +1,306 @@
+"""The door to a real PCI function under kernel VFIO: `open_bdf` and what it returns.
+
+Registers and guest memory go through the C door, interrupts straight from the kernel to the client's eventfds; here
+are the steps in between. It knows nothing of clients, policy or migration.
+"""
+
+import errno
+import logging
+import os
+import struct
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import TypeVar
+
+import trio
+
+from vfu_server import uapi
+from vfu_server.errors import DeviceGoneError, HostError, UsageError
+from vfu_server.host import checks
+from vfu_server.host.attachment import Attachment
+from vfu_server.host.cdev import CdevAttachment
+from vfu_server.host.checks import Status, Way
+from vfu_server.host.group import GroupAttachment
+from vfu_server.host.ioctl import Kernel
+from vfu_server.host.kernel_feature import device_feature
+from vfu_server.host.kernel_info import KernelInfo, read_info
+from vfu_server.host.kernel_irqs import KernelIrqs
+from vfu_server.host.kernel_reset import Ladder
+from vfu_server.host.sysfs import Function, Sysfs
+from vfu_server.host_device import DmaMap, HostEvent, HostStatistics, Identity, IrqInfo, RegionInfo, Scratch
+from vfu_server.libvfio_user.kernel_door import KernelDoor
+from vfu_server.uapi import Command, IrqIndex, RegionIndex
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ALL_ONES = 0xFFFFFFFF
+EVENT_WORDS = {
+    IrqIndex.ERR: ("error", "the function reports an error that it does not recover from (AER)"),
+    IrqIndex.REQ: ("request", "the kernel wants the function back: an unbind or a removal waits until it is closed"),
+}
+
+_open_here: set[str] = set()
+"""BDFs that this process has open: a hot reset must not hit one of them by the way."""
+
+
+async def open_bdf(
+    bdf: str, *, kernel: Kernel | None = None, vf_token: str = "", vfio_fd: int = -1, iommu_fd: int = -1
+) -> "KernelHost":
+    """Open the function at `bdf`: by its device node and an iommufd where there are, by its group else.
+
+    The kernel resets the function. `vfio_fd` and `iommu_fd`: open fds of both nodes from a launcher, the door's from
+    now on, also if it fails. HostError says what is wrong, its notes what an operator types.
+    """
+    inherited = (vfio_fd, iommu_fd) if vfio_fd >= 0 and iommu_fd >= 0 else None
+    return await trio.to_thread.run_sync(_open, kernel or Kernel(), bdf, vf_token, inherited)
+
+
+def _open(kernel: Kernel, bdf: str, token: str, inherited: tuple[int, int] | None) -> "KernelHost":
+    sysfs = Sysfs(kernel.root)
+    try:
+        function = _checked(kernel, sysfs, bdf, token, inherited=inherited is not None)
+    except BaseException:
+        for fd in inherited or ():
+            os.close(fd)
+        raise
+    attachment: Attachment
+    if inherited or checks.usable_way(kernel, function) is Way.CDEV:
+        attachment = cdev = CdevAttachment(kernel, function)
+        cdev.open(token, *(inherited or ()))
+    else:
+        attachment = group = GroupAttachment(kernel, function)
+        group.open(token)
+    try:
+        host = KernelHost(kernel, function, attachment)
+    except BaseException:
+        attachment.close()
+        raise
+    limit, privileged = checks.memlock_of_process(sysfs)
+    memlock = checks.check_memlock(limit, privileged=privileged)
+    if memlock.status is Status.WARN:
+        log.warning("%s: %s", memlock.text, "; ".join(memlock.cure))
+    log.info("%s is open (%s, driver %s)", bdf, attachment.way.value, function.driver)
+    return host
+
+
+def _checked(kernel: Kernel, sysfs: Sysfs, bdf: str, token: str, *, inherited: bool) -> Function:
+    if token:
+        try:
+            uuid.UUID(token)
+        except ValueError:
+            raise UsageError(f"{token!r} is no vf token: it is a UUID") from None
+    function = sysfs.function(bdf)
+    for finding in checks.before_opening(kernel, sysfs, function, token):
+        if finding.status is Status.FAIL and not (inherited and finding.name == "permission"):
+            raise finding.error()
+        if finding.status is Status.WARN:
+            log.warning("%s", finding.text)
+    return function
+
+
+class KernelHost:
+    """A HostDevice under kernel VFIO. Made by `open_bdf`."""
+
+    def __init__(self, kernel: Kernel, function: Function, attachment: Attachment) -> None:
+        self.name = function.bdf
+        self.function = function
+        self.relay: Callable[[Command, bytes], Awaitable[bytes]] | None = None
+        """Not used: a real function reaches memory through the IOMMU, or not at all."""
+        self._kernel = kernel
+        self._attachment = attachment
+        self._closed = False
+        self._irq_lock = trio.Lock()
+        info = read_info(kernel.ioctl, attachment.device_fd)
+        self.regions: Sequence[RegionInfo] = info.regions
+        self.irqs: Sequence[IrqInfo] = info.irqs
+        self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, by_function=info.can_reset)
+        self.can_reset = self._ladder.exists()
+        self._irqs = KernelIrqs(kernel.ioctl, attachment.device_fd, info.irqs)
+        try:
+            self._irqs.watch()
+            self._door = self._make_door(info)
+        except OSError as error:
+            self._irqs.close()
+            raise HostError(f"{self.name} cannot be set up: {error.strerror}", error.errno) from error
+        _open_here.add(self.name)
+
+    def _make_door(self, info: KernelInfo) -> KernelDoor:
+        at = self._attachment
+        door = KernelDoor(at.device_fd, at.iommu_fd, at.ioas_id, self._kernel.door_calls)
+        try:
+            for region, offset in zip(info.regions, info.offsets, strict=True):
+                door.set_region(region.index, offset, region.size)
+        except OSError:
+            door.close()
+            raise
+        return door
+
+    @property
+    def native(self) -> KernelDoor:
+        """The C door."""
+        return self._door
+
+    @property
+    def is_open(self) -> bool:
+        """It was not closed yet."""
+        return not self._closed
+
+    @property
+    def attachment(self) -> Attachment:
+        """How the function was opened, for a report."""
+        return self._attachment
+
+    # registers
+
+    def read(self, region: int, offset: int, width: int) -> int:
+        """See HostDevice."""
+        return int.from_bytes(self._call(lambda: self._door.read(region, offset, width)), "little")
+
+    def write(self, region: int, offset: int, width: int, value: int) -> None:
+        """See HostDevice."""
+        self._call(lambda: self._door.write(region, offset, value.to_bytes(width, "little")))
+
+    def read_block(self, region: int, offset: int, length: int) -> bytes:
+        """See HostDevice."""
+        return self._call(lambda: self._door.read(region, offset, length))
+
+    def write_block(self, region: int, offset: int, data: bytes) -> None:
+        """See HostDevice."""
+        self._call(lambda: self._door.write(region, offset, data))
+
+    def identity(self) -> Identity:
+        """See HostDevice. VFIO tells no firmware version."""
+        header = self.read_block(RegionIndex.CONFIG, 0, 64)
+        vendor, device = struct.unpack_from("<HH", header, uapi.PCI_VENDOR_ID)
+        subsystem_vendor, subsystem = struct.unpack_from("<HH", header, uapi.PCI_SUBSYSTEM_VENDOR_ID)
+        class_code = int.from_bytes(header[uapi.PCI_CLASS_PROG : uapi.PCI_CLASS_PROG + 3], "little")
+        return Identity(vendor, device, subsystem_vendor, subsystem, header[uapi.PCI_REVISION_ID], class_code)
+
+    # interrupts
+
+    async def set_irqs(
+        self, index: int, flags: int, start: int, count: int, data: bytes = b"", fds: Sequence[int] = ()
+    ) -> None:
+        """See HostDevice. Masking and firing are made at once, since a client without KVM does it at each interrupt."""
+        async with self._irq_lock:
+            if flags & uapi.IRQ_SET_DATA_TYPE_MASK == uapi.IRQ_SET_DATA_EVENTFD or not count:
+                await self._in_thread(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds))
+            else:
+                self._call(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds))
+
+    async def events(self) -> AsyncIterator[HostEvent]:
+        """See HostDevice. ERR and REQ, and whether the function still answers when one of them came."""
+        while self.is_open:
+            try:
+                await trio.lowlevel.wait_readable(self._irqs.fileno())
+            except trio.ClosedResourceError:
+                return
+            fired = await self._take_fired()
+            for index in fired:
+                yield HostEvent(*EVENT_WORDS[index])
+            if fired and self._is_dead():
+                self._door.mark_gone()
+                yield HostEvent("gone", "the function does not answer any more: its registers read as all ones")
+                return
+
+    async def _take_fired(self) -> list[IrqIndex]:
+        async with self._irq_lock:
+            return self._call(self._irqs.fired) if self.is_open else []
+
+    def _is_dead(self) -> bool:
+        """Revision and class come from the hardware, while the kernel makes up the ids of config space."""
+        try:
+            return self.read(RegionIndex.CONFIG, uapi.PCI_REVISION_ID, 4) == ALL_ONES
+        except HostError:
+            return True
+
+    # memory
+
+    async def dma_map(self, dma_map: DmaMap) -> None:
+        """See HostDevice. Memory without fd is written down and stays out of the device's reach."""
+        try:
+            await self._in_thread(lambda: self._door.dma_map(dma_map))
+        except HostError as error:
+            if error.errno == errno.ENOMEM:
+                error.add_note("guest memory is locked: see RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in the unit)")
+            elif error.errno == errno.ENOSPC:
+                error.add_note("see /sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
+            raise
+
+    async def dma_unmap(self, iova: int, size: int) -> None:
+        """See HostDevice."""
+        await self._in_thread(lambda: self._door.dma_unmap(iova, size))
+
+    async def dma_unmap_all(self) -> None:
+        """See HostDevice."""
+        try:
+            await self._in_thread(self._door.dma_unmap_all)
+        except DeviceGoneError:
+            return
+
+    def scratch(self, size: int, limit: int = 1 << 64) -> AbstractAsyncContextManager[Scratch | None]:
+        """See HostDevice. With an iommufd an address space of its own, else a part of the client's."""
+        return self._attachment.scratch(self._door, size, limit)
+
+    # requests
+
+    async def reset(self) -> str:
+        """See HostDevice: DEVICE_RESET, else a hot reset that hits nobody else."""
+        self._check_open()
+        return await self._ladder.reset()
+
+    async def device_feature(self, flags: int, data: bytes = b"", reply_size: int = 0) -> bytes:
+        """See HostDevice. A data fd in a reply is the caller's to close."""
+        device = self._attachment.device_fd
+        return await self._in_thread(lambda: device_feature(self._kernel.ioctl, device, flags, data, reply_size))
+
+    def statistics(self) -> HostStatistics:
+        """See HostDevice."""
+        numbers = self._door.numbers()
+        return HostStatistics(numbers.dma_maps, numbers.dma_bytes, numbers.requests, numbers.errors)
+
+    async def aclose(self) -> None:
+        """See HostDevice. The kernel stops, resets and releases the function when its last fd is closed; a client that
+        was handed the device's fd for a mapping keeps it open until it closes that.
+        """
+        if not self.is_open:
+            return
+        self._closed = True
+        trio.lowlevel.notify_closing(self._irqs.fileno())
+        with trio.CancelScope(shield=True):
+            async with self._irq_lock:
+                await trio.to_thread.run_sync(self._close)
+
+    def _close(self) -> None:
+        with suppress(OSError):  # no DMA while its memory goes away: a fault in the IOMMU helps nobody
+            command = int.from_bytes(self._door.read(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2), "little")
+            stopped = command & ~uapi.PCI_COMMAND_MASTER
+            self._door.write(RegionIndex.CONFIG, uapi.PCI_COMMAND, stopped.to_bytes(2, "little"))
+        self._irqs.close()
+        self._door.close()
+        self._attachment.close()
+        _open_here.discard(self.name)
+
+    # errors
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise HostError(f"{self.name} is closed", errno.EBADF)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        self._check_open()
+        try:
+            return function()
+        except OSError as error:
+            raise self._error(error) from error
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(self._call, function)
+
+    def _error(self, error: OSError) -> HostError:
+        if self._door.gone:
+            return DeviceGoneError(f"{self.name} is gone")
+        return HostError(f"{self.name}: the kernel answered: {error.strerror}", error.errno)
