@@ -111,6 +111,9 @@ def test_registers_and_blocks(edu) -> None:
         assert client.region_read(0, 0x80, 24) == struct.pack("<QQQ", 1, 2, 3)
         client.region_write(0, 0x84, b"\xff" * 4 + struct.pack("<Q", 9) + b"\xff" * 2)
         assert client.region_read(0, 0x80, 24) == struct.pack("<QQQ", 1, 9, 3)
+        client.write(0, 0x9C, 8, 0x11)
+        client.write(0, 0x01, 8, 0x55AA55AA << 24)
+        assert (client.read(0, 4, 4), client.read(0, 1, 8)) == (0xAA55AA55, 0xAA55AA55 << 24)
         client.write(0, 4, 4, 0xFFFFFFFF)
         client.write(0, 4, 4, 0, posted=True)
         assert client.read(0, 4, 4) == 0xFFFFFFFF

@@ -12,7 +12,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -51,6 +51,7 @@ async def _run(factory: Callable[[], Model], options: argparse.Namespace) -> Non
 
 
 async def _serve_all(function: Function, options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
     async with trio.open_nursery() as nursery:
         if options.fd is not None:
             listener, where = _inherited(options.fd), f"fd {options.fd}"
@@ -60,7 +61,7 @@ async def _serve_all(function: Function, options: argparse.Namespace, stack: con
             control = stack.enter_context(_listening(options.control))
             listen_control = trio.SocketListener(trio.socket.from_stdlib_socket(control))
             nursery.start_soon(serve_control, listen_control, function)
-        nursery.start_soon(_exit_on_signal, nursery.cancel_scope)
+        nursery.start_soon(_exit_on_signal, signals, nursery.cancel_scope)
         if options.exit_with_fd is not None:
             nursery.start_soon(_exit_with, options.exit_with_fd, nursery.cancel_scope)
         nursery.start_soon(ModelServer(Path(where).name, function).run, listener)
@@ -68,10 +69,9 @@ async def _serve_all(function: Function, options: argparse.Namespace, stack: con
         sys.stdout.flush()
 
 
-async def _exit_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            scope.cancel()
+async def _exit_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
 
 
 async def _exit_with(fd: int, scope: trio.CancelScope) -> None:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 LEAVING_SECONDS = 2.0
 """How long a new client waits for one that has hung up to be cleared away."""
 REFUSAL_SECONDS = 1.0
+ACCEPT_PAUSE = 0.1
 
 
 class ModelServer:
@@ -65,15 +66,24 @@ class ModelServer:
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
-            client, _ = await listener.accept()
+            try:
+                client, _ = await listener.accept()
+            except OSError as error:  # out of fds, or the client has given up
+                logger.warning("cannot accept a client: %s", error.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
             if self._context.peer_gone():
                 with trio.move_on_after(LEAVING_SECONDS):
                     await self._idle.wait()
             if not self._idle.is_set():
                 nursery.start_soon(_refuse, client)
                 continue
+            try:
+                self._context.attach(client.detach())
+            except OSError as error:
+                logger.warning("cannot serve a client: %s", error.strerror)
+                continue
             self._idle = trio.Event()
-            self._context.attach(client.detach())
 
     async def _relay(self) -> None:
         while True:
