@@ -7,7 +7,6 @@ outcome is kept for the server to read.
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from importlib import import_module
 
 import trio
 
@@ -163,7 +162,8 @@ class ServedDevice:
 async def open_host(source: Source, name: str) -> HostDevice:
     """Open the door to a device. Raises HostError, UsageError."""
     if source.kind is SourceKind.BDF:
-        open_bdf: Callable[[str], Awaitable[HostDevice]] = import_module("vfu_server.host.kernel").open_bdf
+        from vfu_server.host.kernel import open_bdf
+
         return await open_bdf(source.value)
     from vfu_server.host.vfio_user import VfioUserHost
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -342,32 +341,35 @@ def test_inherited_connection_is_one_client_and_then_the_end(folder) -> None:
 
 
 ACTIVATE = """
-import os, socket, sys
-sockets = []
-for path in sys.argv[1].split(","):
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    sock.listen()
-    sockets.append(sock.detach())
-high = [os.dup2(fd, 100 + number) for number, fd in enumerate(sockets)]
+import os, sys
+names, fds, program = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")], sys.argv[3:]
+high = [os.dup2(fd, 100 + number) for number, fd in enumerate(fds)]
 for number, fd in enumerate(high):
     os.dup2(fd, 3 + number)
     os.set_inheritable(3 + number, True)
 os.closerange(3 + len(high), 200)
-environment = dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)), LISTEN_FDNAMES=sys.argv[2])
-os.execve(sys.argv[3], sys.argv[3:], environment)
+environment = dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)), LISTEN_FDNAMES=names)
+os.execve(program[0], program, environment)
 """
 
 
 def activated(folder, names, fdnames, *arguments) -> subprocess.Popen:
-    """The program as systemd starts it: sockets from fd 3 on, told in LISTEN_*."""
-    paths = ",".join(str(folder / f"{name}.sock") for name in names)
-    return subprocess.Popen(
-        [sys.executable, "-c", ACTIVATE, paths, fdnames, *command(*arguments)],
-        env=environment(RUNTIME_DIRECTORY=str(folder)),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """The program as systemd starts it: sockets that listen already from fd 3 on, told in LISTEN_*."""
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(folder / f"{name}.sock"))
+            listener.listen()
+            fds.append(listener.fileno())
+        trampoline = [sys.executable, "-c", ACTIVATE, fdnames, ",".join(map(str, fds))]
+        return subprocess.Popen(
+            [*trampoline, *command(*arguments)],
+            env=environment(RUNTIME_DIRECTORY=str(folder)),
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=fds,
+        )
 
 
 @pytest.mark.parametrize(
@@ -383,9 +385,6 @@ def test_socket_activation(folder, names, fdnames, extra) -> None:
     process = activated(folder, names, fdnames, "--plugin", "generic_dmaq", *extra)
     try:
         edu = folder / f"{'two' if fdnames == 'ioat:edu' else names[0]}.sock"
-        deadline = time.monotonic() + 10
-        while not edu.exists() and time.monotonic() < deadline:
-            select.select([], [], [], 0.01)
         with client_of(edu) as client:
             assert edu_id(client) == 0x010000ED
         process.send_signal(signal.SIGTERM)

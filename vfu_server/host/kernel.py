@@ -107,6 +107,7 @@ class KernelHost:
     def __init__(self, kernel: Kernel, function: Function, attachment: Attachment) -> None:
         self.name = function.bdf
         self.function = function
+        self.dma_by_messages = False
         self.relay: Callable[[Command, bytes], Awaitable[bytes]] | None = None
         """Not used: a real function reaches memory through the IOMMU, or not at all."""
         self._kernel = kernel
