@@ -89,6 +89,7 @@ def test_every_byte_is_answered_as_the_policy_says(policy, mode, areas):
     mapped = mmap_areas(policy, infos, mode)
     table = compile_rules(policy, mode, {info.index: info.size for info in infos}, mapped)
     assert list(table) == sorted(table, key=lambda line: (line.region, line.start))
+    assert all(line.start < line.end for line in table)
     for info in infos:
         lines = [line for line in table if line.region == info.index]
         assert all(a.end <= b.start for a, b in itertools.pairwise(lines))
@@ -187,6 +188,7 @@ def test_areas_are_the_common_part_with_what_the_device_offers(offered, handed_o
 
 def test_a_region_that_cannot_be_mapped_gives_nothing():
     policy = Policy([rule(0, PAGE, MMAP)])
+    assert mmap_areas(policy, [bar(fd=0)], MmapMode.ALL) == {0: (MmapArea(0, PAGE),)}
     assert mmap_areas(policy, [bar(flags=0)], MmapMode.ALL) == {}
     assert mmap_areas(policy, [bar(fd=-1)], MmapMode.ALL) == {}
     assert mmap_areas(policy, [bar(index=1)], MmapMode.ALL) == {}
@@ -202,6 +204,9 @@ def test_a_rule_that_is_mapped_in_parts_is_cut():
         (2 * PAGE, 4 * PAGE, Answer.PASS, Answer.DISCARD),
     ]
     assert {(line.widths, line.errno) for line in table} == {(WIDTH_4, errno.EBUSY)}
+    beside = mmap_areas(policy, [bar((4 * PAGE, PAGE))], MmapMode.ALL)
+    assert len(compile_rules(policy, MmapMode.ALL, {0: 8 * PAGE}, {0: (MmapArea(4 * PAGE, PAGE),)})) == 1
+    assert beside == {}
 
 
 def test_without_areas_the_mode_decides():
@@ -266,6 +271,7 @@ def test_table_for_a_terminal():
     assert "any" in lines["config space"]
     assert "p2p" not in [head.strip() for head in text.splitlines()[2].split("┃")]
     assert "P2P: not offered: the queue cannot be told apart" in text
+    assert text.splitlines()[0].strip() == "a device"
     never = io.StringIO()
     Console(file=never, width=200).print(policy_table(SHOWN, SIZES, MmapMode.NEVER))
     assert "mmap" not in never.getvalue()
