@@ -77,6 +77,7 @@ async def moved(count: int) -> tuple[FakeIoat, Driver]:
     source, driver = await used(count)
     sections = await saved(take(source))
     target = FakeIoat("target")
+    target.chans[0].regs[0x18] = 0x9000  # of an earlier guest
     driver.attach(target)
     await loaded(take(target), sections)
     assert target.strays == []
@@ -93,7 +94,7 @@ def test_a_channel_goes_on_where_the_guest_thinks_it_is(count: int) -> None:
         assert (channel.regs[0x00], channel.regs[0x18], channel.regs[0x2C]) == (0x1D, COMPLETION, 0x40)
         assert (target.global_regs[0x03], target.global_regs[0x0C]) == (0x09, 0x8123)
         assert channel.interrupts == 0
-        assert set(channel.completions[:1]).isdisjoint(target.ram)
+        assert channel.completions[0] >= 0x8000_0000, "the server's own memory"
         assert set(channel.completions[1:]) <= {COMPLETION}
         for kick in (1, 3):
             wanted = driver.kick(kick)
