@@ -9,6 +9,7 @@ import socket
 import trio
 
 from vfu_server import uapi
+from vfu_server.libvfio_user.context import close_socket
 from vfu_server.uapi import Command, HeaderFlag
 
 PATIENCE = 0.5
@@ -18,9 +19,12 @@ PATIENCE = 0.5
 async def refuse_client(sock_fd: int, error: int) -> None:
     """Answer the first message on `sock_fd` with `error` and close it."""
     sock = trio.socket.from_stdlib_socket(socket.socket(fileno=sock_fd))
-    with sock, contextlib.suppress(OSError), trio.move_on_after(PATIENCE):
-        # recv drops file descriptors that may ride with it
-        header = await sock.recv(uapi.HEADER.size)
-        msg_id = int.from_bytes(header[:2], "little")
-        flags = HeaderFlag.REPLY | HeaderFlag.ERROR
-        await sock.send(uapi.HEADER.pack(msg_id, Command.VERSION, uapi.HEADER.size, flags, error))
+    try:
+        with contextlib.suppress(OSError), trio.move_on_after(PATIENCE):
+            # recv drops file descriptors that may ride with it
+            header = await sock.recv(uapi.HEADER.size)
+            msg_id = int.from_bytes(header[:2], "little")
+            flags = HeaderFlag.REPLY | HeaderFlag.ERROR
+            await sock.send(uapi.HEADER.pack(msg_id, Command.VERSION, uapi.HEADER.size, flags, error))
+    finally:
+        close_socket(sock.detach())

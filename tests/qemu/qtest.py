@@ -20,11 +20,12 @@ _SECONDS = 20.0
 class Qtest:
     """One running machine. All calls wait for the answer; RuntimeError with QEMU's words if it is not OK."""
 
-    def __init__(self, channel: socket.socket, monitor: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, monitor: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
         self._channel = channel.makefile("rw", encoding="ascii", newline="\n")
         self._monitor = monitor.makefile("rw", encoding="utf-8", newline="\n")
         self._monitor.readline()
-        self._execute("qmp_capabilities")
+        self.execute("qmp_capabilities")
 
     def ask(self, line: str) -> list[str]:
         """Send one command; the words of the answer behind OK."""
@@ -71,15 +72,16 @@ class Qtest:
 
     def reset(self) -> None:
         """Reset the machine; returns when that is done."""
-        self._execute("system_reset", until="RESET")
+        self.execute("system_reset", until="RESET")
 
     def close(self) -> None:
         """Let go of both channels."""
         self._channel.close()
         self._monitor.close()
 
-    def _execute(self, command: str, until: str | None = None) -> None:
-        self._monitor.write(json.dumps({"execute": command}) + "\n")
+    def execute(self, command: str, arguments: dict[str, object] | None = None, *, until: str | None = None) -> None:
+        """A QMP command; with `until`, returns when that event has come. RuntimeError with QEMU's words if refused."""
+        self._monitor.write(json.dumps({"execute": command, "arguments": arguments or {}}) + "\n")
         self._monitor.flush()
         answered, happened = False, until is None
         while not (answered and happened):
@@ -112,7 +114,7 @@ def machine(qemu: QemuRoot, arguments: Sequence[str]) -> Iterator[Qtest]:
     try:
         for _, theirs in pairs.values():
             theirs.close()
-        qtest = Qtest(pairs["qtest"][0], pairs["qmp"][0])
+        qtest = Qtest(pairs["qtest"][0], pairs["qmp"][0], process)
         yield qtest
         qtest.close()
     finally:

@@ -113,6 +113,7 @@ int vs_device_add_rule(struct vs_device *device, unsigned region, const struct v
 int vs_device_switch(struct vs_device *device, unsigned state_class);
 size_t vs_device_take_kept(struct vs_device *device, struct vs_kept_write *kept, size_t max);
 void vs_device_counts(struct vs_device *device, struct vs_counters *counters, uint64_t accesses[60]);
+void vs_close_socket(int sock);
 int vs_device_attach(struct vs_device *device, int sock);
 void vs_device_shutdown(struct vs_device *device);
 int vs_device_join(struct vs_device *device);

@@ -346,3 +346,8 @@ def vs_trap(handle: Any, write: bool, region: int, offset: int, buffer: Any, cou
     """The door from C for trapped accesses."""
     context: Context = ffi.from_handle(handle)
     return context.trap(write, region, offset, buffer, count)
+
+
+def close_socket(sock_fd: int) -> None:
+    """Close a client's connection so that it sees an end of file and not a reset (which QEMU 11.1 does not survive)."""
+    lib.vs_close_socket(sock_fd)

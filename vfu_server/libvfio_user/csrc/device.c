@@ -146,11 +146,13 @@ vs_device_attach(struct vs_device *device, int sock)
     if (device->thread_started) {
         return -EBUSY;
     }
+    pthread_mutex_lock(&device->lock);
     device->sock = sock;
     device->connected = true;
+    device->counters.connections++;
+    pthread_mutex_unlock(&device->lock);
     ret = -pthread_create(&device->thread, NULL, vs_pump_main, device);
     device->thread_started = ret == 0;
-    device->counters.connections += ret == 0;
     if (ret < 0) {
         device->connected = false;
         device->sock = -1;
@@ -372,6 +374,7 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
     struct vs_header header = { .command = (uint16_t)command };
     struct vs_outgoing *out;
     struct timespec until;
+    uint64_t connection;
     int ret = 0;
 
     if (pthread_equal(pthread_self(), device->thread)) {
@@ -389,6 +392,7 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
         until.tv_nsec -= 1000000000L;
     }
     pthread_mutex_lock(&device->lock);
+    connection = device->counters.connections;
     header.id = request.id = ++device->next_request;
     request.next = device->requests;
     device->requests = &request;
@@ -396,7 +400,7 @@ vs_device_request(struct vs_device *device, unsigned command, const void *data, 
     out = outgoing_new(&header, data, len, NULL, 0);
     ret = out == NULL ? -ENOMEM : hand_over(device, out);
     pthread_mutex_lock(&device->lock);
-    while (ret == 0 && !request.done && device->connected) {
+    while (ret == 0 && !request.done && device->connected && device->counters.connections == connection) {
         ret = -pthread_cond_timedwait(&device->replied, &device->lock, &until);
     }
     if (!request.done) {

@@ -213,6 +213,7 @@ int vs_send(struct vs_device *device, const struct vs_header *request, const voi
             const struct iovec *data, size_t nr_data, const int *fds, size_t nr_fds, int error);
 int vs_send_command(struct vs_device *device, const struct vs_header *command, const struct iovec *data);
 uint64_t vs_now_ms(void);
+void vs_close_socket(int sock);
 void vs_close_fds(struct vs_device *device, int *fds, size_t *nr_fds);
 
 /* route.c: which messages are ours, and in which order */

@@ -139,7 +139,7 @@ end(struct vs_device *device)
     out = device->outgoing;
     device->outgoing = NULL;
     device->outgoing_end = &device->outgoing;
-    close(device->sock);
+    vs_close_socket(device->sock);
     device->sock = -1;
     pthread_cond_broadcast(&device->replied);
     pthread_mutex_unlock(&device->lock);

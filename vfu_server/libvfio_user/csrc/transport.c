@@ -153,6 +153,23 @@ vs_send_command(struct vs_device *device, const struct vs_header *command, const
     return send_message(device, &header, data, 1, NULL, 0);
 }
 
+/*
+ * Ends a connection without leaving unread bytes: closing on them resets the
+ * peer's end, and QEMU 11.1 aborts on ECONNRESET (hw/vfio-user/proxy.c sets
+ * the same error twice), while it lives on after an end of file.
+ */
+void
+vs_close_socket(int sock)
+{
+    char rest[4096];
+
+    shutdown(sock, SHUT_RDWR);      /* from here on nothing more comes in */
+    while (recv(sock, rest, sizeof(rest), MSG_DONTWAIT) > 0) {
+        /* fds that ride along are dropped by the kernel */
+    }
+    close(sock);
+}
+
 /* --- receiving --- */
 
 /* The fds of one recvmsg belong to the newest message that began in what it brought; to none if none did. */
