@@ -1,5 +1,6 @@
 """Profiles: what the shipped ones say, what is wrong with others (file, line, field), finding the one for a device."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plugins.generic_dmaq as plugin
+from plugins.generic_dmaq import options, transforms
 from plugins.generic_dmaq.layout import layout_of
 from plugins.generic_dmaq.probe import probe
 from plugins.generic_dmaq.profile import find_profile, load_profile, shipped
@@ -433,3 +435,23 @@ def test_the_plugin_describes_itself_without_a_device(written: Callable[[str], P
     small = plugin.vfu_server_describe({"profile": str(written(SMALL))})["policies"]
     assert isinstance(small, dict)
     assert list(small) == ["small"]
+
+
+README = Path(plugin.__file__).with_name("README.md").read_text()
+
+
+def test_the_form_that_the_readme_shows_is_a_profile(written: Callable[[str], Path]) -> None:
+    start, end = README.index("    [profile]\n"), README.index("| `restore` | what happens |")
+    profile = load_profile(written(textwrap.dedent(README[start:end])))
+    layout = layout_of(profile, {"ring": 2})
+    assert [queue.name for queue in layout.queues] == ["work of ring[0]", "work of ring[1]"]
+    assert [r.name for r in layout.saved][-1] == "control"
+    assert profile.counts_from == {"ring": "info.rings"}
+    assert profile.hook_options == {"careful": True}
+
+
+def test_the_readme_names_all_transforms_options_and_what_is_not_carried() -> None:
+    for name in transforms.NAMES:
+        assert f'"{name}"' in README
+    for option in options.KNOWN:
+        assert f"`{option}=" in README
