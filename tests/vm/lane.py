@@ -5,6 +5,7 @@ A machine that cannot be made here says why, and fails in CI. Must not know what
 
 import ast
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from tests.lanes import lane_unavailable
 from tools.debian_root import RootError
 from tools.vm.devices import Device
 from tools.vm.kernel import KernelName
-from tools.vm.run import CHECKOUT, VmError, VmResult, run_in_vm
+from tools.vm.run import CHECKOUT, TREE, VmError, VmResult, run_in_vm
 
+KEPT = TREE / "build" / "vm"
 GUEST = Path(__file__).resolve().parent / "guest"
 IN_VM = f"{CHECKOUT}/tests/vm/guest"
 
@@ -25,7 +27,7 @@ IN_VM = f"{CHECKOUT}/tests/vm/guest"
 class Checks:
     """What the checks of one script said in one machine: name -> nothing, or how it failed.
 
-    `end` tells how the machine ended and where its logs are.
+    `end` tells how the machine ended.
     """
 
     outcomes: dict[str, str]
@@ -67,14 +69,21 @@ def vm_checks(
     devices: Sequence[Device],
     timeout: float = 90,
 ) -> Checks:
-    """Run a script of checks in one machine; how it ended is told by each check that asks."""
+    """Run a script of checks in one machine; how it ended is told by each check that asks.
+
+    Of a run that failed everything is kept in build/vm, which outlives pytest's folders.
+    """
     try:
         result = vm_python(script, *arguments, folder=folder, kernel_name=kernel_name, devices=devices, timeout=timeout)
+        status, end = result.status, result.stderr
     except VmError as error:
-        end = str(error)
-    else:
-        end = f"(logs in {folder}, {result.seconds:.1f} s)\n{result.stderr}"
+        status, end = -1, str(error)
     record = folder / "results" / "checks"
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
     outcomes = {entry["check"]: entry["error"] for entry in map(json.loads, lines)}
+    if status:
+        kept = KEPT / f"{script.removesuffix('.py')}-{folder.name}"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept)
+        end += f"\n(all that the machine left is in {kept})"
     return Checks(outcomes, end)

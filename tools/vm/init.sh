@@ -3,7 +3,7 @@
 # first disk.
 # Everything that varies was put beside it: /modules/*.ko in loading order, /shares (tag, folder, options), /job.
 
-PATH=/usr/sbin:/usr/bin
+PATH=/usr/sbin:/usr/bin:/applets
 export PATH HOME=/root LC_ALL=C.UTF-8 TERM=dumb
 
 /busybox mount -t proc proc /proc
@@ -16,6 +16,8 @@ export PATH HOME=/root LC_ALL=C.UTF-8 TERM=dumb
 /busybox mount -t tmpfs tmpfs /run
 /busybox mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null
 /busybox ln -s /proc/self/fd /dev/fd
+/busybox mkdir /applets
+/busybox --install -s /applets
 
 for module in /modules/*.ko; do
     [ ! -e "$module" ] || /busybox insmod "$module" || echo "init: $module was not loaded"

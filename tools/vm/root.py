@@ -20,6 +20,7 @@ SPEC = RootSpec(
     packages=(
         "base-files",
         "busybox-static",
+        "dash",
         "iproute2",
         "kmod",
         "pciutils",

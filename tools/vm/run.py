@@ -28,7 +28,7 @@ RESULTS = "/results"
 MEMORY = 1024
 SECONDS = 60.0
 # Whose byte code the machine would otherwise compile at each run.
-PYTHON_FOLDERS = ("vfu_server", "plugins", "tests/vm")
+PYTHON_FOLDERS = ("vfu_server", "plugins", "tests")
 SHOWN_LINES = 25
 
 
