@@ -39,7 +39,10 @@ def block(*registers: Register, size: int = 0x1000, arrays: tuple[Array, ...] = 
         ((Register("a", 0, 4, Access.WO, Save.SAVE),), "cannot be saved"),
         ((Register("a", 0, 1, Access.RO, reset=0x100),), "reset value 0x100 does not fit"),
         ((Register("a", 0, 1, Access.RO, fields=(Field("f", 8, 0),)),), "'f' bits 8:0 lie outside of 8 bits"),
-        ((Register("a", 0, 1, Access.RO, fields=(Field("f", 3, 0), Field("g", 3, 3))),), "'g' bits 3:3 overlap another"),
+        (
+            (Register("a", 0, 1, Access.RO, fields=(Field("f", 3, 0), Field("g", 3, 3))),),
+            "'g' bits 3:3 overlap another",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_named(registers: tuple[Register, ...], said: str) -> None:
