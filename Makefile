@@ -7,7 +7,7 @@
 
 PY := .venv/bin/python
 METADATA := vfu_server.egg-info/entry_points.txt
-QUICK := not slow and not vm and not qemu or package
+QUICK := not slow and not vm or package
 
 export PYTHON
 .DEFAULT_GOAL := help
@@ -23,12 +23,13 @@ demo: setup ## a live migration between two servers with a software device, no h
 	@$(PY) -m vfu_server.demo $(ARGS)
 
 .PHONY: test
-test: setup ## everything that needs no virtual machine, the wheel included
+test: setup ## everything but virtual machines and what takes minutes: models, protocol, QEMU, the wheel
+	@tools/system-packages test
 	@$(PY) -m pytest -m "$(QUICK)" $(ARGS)
 
 .PHONY: test-all
-test-all: setup ## all of it: slow tests, QEMU and virtual machines as well
-	@tools/system-packages test
+test-all: setup ## all of it: slow tests and virtual machines as well
+	@tools/system-packages vm
 	@$(PY) tools/vm/kernel.py || true  # minutes, once; the lane itself says what it cannot do
 	@$(PY) -m pytest $(ARGS)
 
