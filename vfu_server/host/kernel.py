@@ -9,6 +9,7 @@ import logging
 import os
 import struct
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TypeVar
@@ -192,20 +193,24 @@ class KernelHost:
             else:
                 self._call(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds))
 
-    async def events(self) -> AsyncIterator[HostEvent]:
+    def events(self) -> AsyncIterator[HostEvent]:
         """See HostDevice. ERR and REQ, and whether the function still answers when one of them came."""
-        while self.is_open:
+        return _Events(self._next_events)
+
+    async def _next_events(self) -> list[HostEvent]:
+        """What happens next; nothing: there will be no more."""
+        fired: list[IrqIndex] = []
+        while self.is_open and not self._door.gone and not fired:
             try:
                 await trio.lowlevel.wait_readable(self._irqs.fileno())
             except trio.ClosedResourceError:
-                return
+                break
             fired = await self._take_fired()
-            for index in fired:
-                yield HostEvent(*EVENT_WORDS[index])
-            if fired and self._is_dead():
-                self._door.mark_gone()
-                yield HostEvent("gone", "the function does not answer any more: its registers read as all ones")
-                return
+        found = [HostEvent(*EVENT_WORDS[index]) for index in fired]
+        if found and self._is_dead():
+            self._door.mark_gone()
+            found.append(HostEvent("gone", "the function does not answer any more: its registers read as all ones"))
+        return found
 
     async def _take_fired(self) -> list[IrqIndex]:
         async with self._irq_lock:
@@ -305,3 +310,21 @@ class KernelHost:
         if self._door.gone:
             return DeviceGoneError(f"{self.name} is gone")
         return HostError(f"{self.name}: the kernel answered: {error.strerror}", error.errno)
+
+
+class _Events:
+    """One reader's view of what a function says. Not a generator: it may be dropped half-way without a warning."""
+
+    def __init__(self, more: Callable[[], Awaitable[list[HostEvent]]]) -> None:
+        self._more = more
+        self._waiting: deque[HostEvent] = deque()
+
+    def __aiter__(self) -> "_Events":
+        return self
+
+    async def __anext__(self) -> HostEvent:
+        if not self._waiting:
+            self._waiting.extend(await self._more())
+        if not self._waiting:
+            raise StopAsyncIteration
+        return self._waiting.popleft()

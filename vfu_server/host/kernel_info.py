@@ -4,6 +4,7 @@ It asks and translates; nothing is mapped or armed here.
 """
 
 import errno
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,6 +44,8 @@ def read_info(ioctl: Ioctl, device_fd: int) -> KernelInfo:
         ]
     except OSError as error:
         raise HostError(f"the kernel does not describe the function: {error.strerror}", error.errno) from error
+    except struct.error as error:
+        raise HostError(f"the kernel describes the function in a way that cannot be read: {error}") from error
     return KernelInfo(
         bool(flags & uapi.DEVICE_FLAGS_RESET),
         tuple(region for region, _ in regions),

@@ -59,7 +59,7 @@ async def scratch_memory(
     Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back.
     """
     size = -(-size // PAGE_SIZE) * PAGE_SIZE
-    iova = find_place(door.dma_maps(0, limit), size, limit, usable)
+    iova = find_place(door.dma_maps(0, min(limit, ALL_IOVAS[0][1])), size, limit, usable)
     aside: list[DmaMap] = []
     if iova is None:
         iova = highest_place(size, limit, usable)
