@@ -146,6 +146,8 @@ vs_device_attach(struct vs_device *device, int sock)
     if (device->thread_started) {
         return -EBUSY;
     }
+    /* The pump waits in recvmsg and sendmsg; a socket that comes out of an event loop does not. */
+    fcntl(sock, F_SETFL, fcntl(sock, F_GETFL) & ~O_NONBLOCK);
     pthread_mutex_lock(&device->lock);
     device->sock = sock;
     device->connected = true;
