@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.model_process import ModelProcess
-from tests.protocol.served import Served, fd_count
+from tests.protocol.served import Served, open_files
 from tests.server.programs import Server
 from vfu_server.testing import Client, Guest
 
@@ -18,11 +18,11 @@ from vfu_server.testing import Client, Guest
 @pytest.fixture
 def served():
     """A device whose fds are all back at the end."""
-    before = fd_count()
+    before = open_files()
     served = Served()
     yield served
     served.close()
-    assert fd_count() == before
+    assert open_files() == before
     assert not served.faults
 
 
@@ -48,6 +48,7 @@ class EduServer(Server):
 
     def connect(self, memory=None, **how):
         """A guest, not yet started."""
+        assert self.process.poll() is None, "\n".join(["the server has ended:", *self.read_log()])
         return Guest.connect(self.path, memory, **how)
 
     def fds(self):

@@ -3,6 +3,7 @@
 Messages that the pump hands up are answered by the test itself, when and as it likes: no loop runs beside it.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,7 +13,6 @@ import struct
 import termios
 import threading
 import time
-from contextlib import contextmanager
 
 from vfu_server import uapi
 from vfu_server.errors import VfuServerError
@@ -135,7 +135,7 @@ class Served:
 
     # clients
 
-    @contextmanager
+    @contextlib.contextmanager
     def connect(self, *, negotiate=True, timeout=5.0, caps=None, minor=0):
         """A client of the device; at its end the connection is over and joined."""
         ours, theirs = socket.socketpair()
@@ -213,6 +213,11 @@ class Served:
         client.read(0, REGISTERS, 4)
         self.take_events()
 
+    def fds_after(self, client):
+        """`fd_count` once the pump is done with the last message: it closes its fds only after it has answered."""
+        self.settle(client)
+        return fd_count()
+
 
 def access(region, offset, count, data=b""):
     return uapi.REGION_ACCESS.pack(offset, region, count) + data
@@ -227,7 +232,17 @@ def wait_taken(client):
 
 
 def fd_count():
+    """How many fds this process has open, and with it the device."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def open_files():
+    """What the open fds of this process are, for a message that says more than a number."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
 
 
 def resident():
