@@ -19,7 +19,7 @@ from plugins.generic_dmaq.bench import Bench
 from plugins.generic_dmaq.drain import FIRST_PAUSE, LONGEST_PAUSE
 from plugins.generic_dmaq.hooks import Hooks
 from plugins.generic_dmaq.port import lent_command
-from vfu_server.errors import DeadlineError, RestoreError
+from vfu_server.errors import DeadlineError, DeviceGoneError, HostError, RestoreError
 from vfu_server.host_device import Scratch
 from vfu_server.regmap import Register
 from vfu_server.uapi import PAGE_SIZE, PCI_COMMAND_MASTER, RegionIndex
@@ -128,7 +128,9 @@ class IoatHooks(Hooks):
             return
         try:
             kept = await self._keep_place(channel)
-        except (DeadlineError, RestoreError) as error:
+        except DeviceGoneError:
+            raise
+        except (DeadlineError, RestoreError, HostError) as error:
             await self._leave_halted(channel, str(error))
             return
         if kept:

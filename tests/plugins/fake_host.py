@@ -40,6 +40,7 @@ class FakeHost:
         self.ram: dict[int, int] = {}
         """Guest memory, by byte; every address below 4 GiB exists."""
         self.scratch_base: int | None = 0x100000
+        self.scratch_error: HostError | None = None
         self.lent: Scratch | None = None
         self.strays: list[str] = []
         self.writes: list[tuple[int, int]] = []
@@ -116,6 +117,8 @@ class FakeHost:
 
     @asynccontextmanager
     async def scratch(self, size: int, limit: int = 1 << 64) -> AsyncIterator[Scratch | None]:
+        if self.scratch_error is not None:
+            raise self.scratch_error
         if self.scratch_base is None or self.scratch_base + size > limit:
             yield None
             return

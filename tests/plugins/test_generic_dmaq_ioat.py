@@ -11,7 +11,14 @@ from trio.testing import MockClock, trio_test
 from tests.plugins.carry import ListSink, loaded, saved, take
 from tests.plugins.fake_host import FakeIoat
 from vfu_server.device import SavePhase, Section, StopKind
-from vfu_server.errors import DeadlineError, RestoreError, StreamFormatError, StreamMismatchError
+from vfu_server.errors import (
+    DeadlineError,
+    DeviceGoneError,
+    HostError,
+    RestoreError,
+    StreamFormatError,
+    StreamMismatchError,
+)
 from vfu_server.policy import Answer, StateClass
 from vfu_server.uapi import PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY
 
@@ -158,6 +165,7 @@ async def test_each_channel_keeps_its_own_place(autojump_clock: MockClock) -> No
     ("fault", "said"),
     [
         ("scratch", "no scratch memory"),
+        ("refused", "left halted, .*no room for it"),
         ("bad_nulls", r"did not run 5 descriptors .*chanerr 0x00000400 \[control\]"),
         ("slow", "did not run 1 descriptors"),
         ("profile", "null_chain is off"),
@@ -178,6 +186,8 @@ def test_where_the_place_cannot_be_kept_the_channel_is_halted_and_it_is_told(
         device = take(target)
         if fault == "scratch":
             target.scratch_base = None
+        elif fault == "refused":
+            target.scratch_error = HostError("no room for it")
         elif fault == "profile":
             device.layout.profile.hook_options["null_chain"] = False
         elif fault != "lost":
@@ -196,6 +206,15 @@ def test_where_the_place_cannot_be_kept_the_channel_is_halted_and_it_is_told(
         assert (target.strays, target.lent, channel.interrupts, target.ram) == ([], None, 0, before)
 
     run(clock=MockClock(autojump_threshold=0))
+
+
+@trio_test
+async def test_a_device_that_is_gone_is_not_left_halted_but_told(autojump_clock: MockClock) -> None:
+    sections = await saved(take((await used(5))[0]))
+    target = FakeIoat()
+    target.scratch_error = DeviceGoneError("unplugged")
+    with pytest.raises(DeviceGoneError):
+        await loaded(take(target), sections)
 
 
 @trio_test
