@@ -4,8 +4,10 @@ It must not know states or messages: the migration task says when a save begins,
 ends.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable
 
 import trio
 
@@ -35,6 +37,7 @@ class Save:
         self._nursery: trio.Nursery | None = None
         self._writer: StreamWriter | None = None
         self._records = trio.Lock()
+        self._backlog: deque[memoryview] = deque()
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
 
@@ -46,6 +49,7 @@ class Save:
         """Open the session."""
         name, version = self._who
         header = StreamHeader(name, version, self._device.identity, self._host.identity())
+        self._backlog.clear()
         self._ring.open_save(pre_copy=pre_copy)
         self._writer = StreamWriter(header, crc32c)
         await self._ring.send(self._writer.begin())
@@ -71,10 +75,9 @@ class Save:
             self._ring.close()
 
     def _begin(self, phase: SavePhase) -> None:
-        if self._nursery is None:
-            raise MigrationError("no client is there to save for")
+        nursery = self._open_nursery()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(self._run, phase, self._scope, self._ended)
+        nursery.start_soon(self._run, phase, self._scope, self._ended)
 
     async def _end(self) -> None:
         if self._scope is not None:
@@ -101,13 +104,15 @@ class Save:
             await self._device.save(phase, self)
             return
         began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._pad)
+        padding = trio.CancelScope()
+        self._open_nursery().start_soon(self._pad, padding)
+        try:
             await self._put(Section("config", 1, save_config(self._host)), Origin.SERVER)
             await self._device.save(phase, self)
-            nursery.cancel_scope.cancel()
+        finally:
+            padding.cancel()
         async with self._records:
-            await self._ring.send(self._open_writer().end())
+            await self._send_all((self._open_writer().end(),))
         self._ring.finish()
         log.info("saved %d bytes of state in %.1f ms", self._ring.total, (trio.current_time() - began) * 1e3)
 
@@ -119,19 +124,31 @@ class Save:
         async with self._records:
             await self._send_all(self._open_writer().section(section, origin))
 
-    async def _send_all(self, buffers: Iterator[ReadableBuffer]) -> None:
-        for buffer in buffers:
-            await self._ring.send(buffer)
+    async def _send_all(self, buffers: Iterable[ReadableBuffer]) -> None:
+        # All of a section is taken on before its first byte goes out: a pre-copy that is cancelled in the middle of one
+        # leaves the rest to the save that goes on.
+        self._backlog.extend(memoryview(buffer).cast("B") for buffer in buffers)
+        while self._backlog:
+            sent = await self._ring.send_some(self._backlog[0])
+            self._backlog[0] = self._backlog[0][sent:]
+            if not self._backlog[0]:
+                self._backlog.popleft()
 
-    async def _pad(self) -> None:
+    async def _pad(self, scope: trio.CancelScope) -> None:
         """Answer a client that waits while the plugin has nothing yet: its patience has an end."""
-        while True:
-            await trio.sleep(PADDING_AFTER)
-            if self._ring.wanted and not self._records.locked():
-                async with self._records:
-                    await self._send_all(self._open_writer().padding(PADDING_BYTES))
+        with scope, contextlib.suppress(MigrationError):  # a session that is over needs none
+            while True:
+                await trio.sleep(PADDING_AFTER)
+                if self._ring.wanted and not self._records.locked():
+                    async with self._records:
+                        await self._send_all(self._open_writer().padding(PADDING_BYTES))
 
     def _open_writer(self) -> StreamWriter:
         if self._writer is None:
             raise MigrationError("the save session is closed")
         return self._writer
+
+    def _open_nursery(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise MigrationError("no client is there to save for")
+        return self._nursery

@@ -57,18 +57,24 @@ class Ring:
         """Bytes that went in since the session was opened."""
         return int(lib.vs_device_ring_total(self._device))
 
+    async def send_some(self, data: memoryview) -> int:
+        """Put as much of `data` as there is room for, waiting for some; returns the bytes put.
+
+        Raises MigrationError if the session is over. Cancelled: nothing was put.
+        """
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            with ffi.from_buffer(data) as buffer:
+                n = self._check(int(lib.vs_device_ring_write(self._device, buffer, len(data))))
+            if n or not len(data):
+                return n
+            await self._wait()
+
     async def send(self, data: bytes | bytearray | memoryview) -> None:
         """Put all of `data`, waiting for room. MigrationError if the session is over."""
         view = memoryview(data).cast("B")
-        at = 0
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while at < len(view):
-            with ffi.from_buffer(view[at:]) as buffer:
-                n = int(lib.vs_device_ring_write(self._device, buffer, len(view) - at))
-            self._check(n)
-            at += n
-            if at < len(view):
-                await self._wait()
+        while view:
+            view = view[await self.send_some(view) :]
 
     async def receive(self, size: int = 1 << 20) -> bytes | None:
         """Up to `size` bytes, waiting for some; None when the writer has said that this was all."""
