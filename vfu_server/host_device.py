@@ -2,7 +2,7 @@
 
 Doors implement it; the session and plugins use it. It must not know which kernel or socket is behind it.
 
-Register access is synchronous: a few microseconds on hardware, bounded by a deadline of a second on a socket.
+Register access is synchronous: a few microseconds on hardware, bounded by a deadline of three seconds on a socket.
 Everything that may take longer is a coroutine.
 """
 

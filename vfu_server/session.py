@@ -35,6 +35,7 @@ RECLAIM_DEADLINE = 3.0
 """Seconds to bring the device back when its client has gone."""
 UNMAP_DEADLINE = 1.0
 """Seconds more for its memory, which is unmapped also from a device that did not come back."""
+RELEASE_DEADLINE = 0.5
 RELAY_TIMEOUT = 4.0
 MAX_MISTAKES = 256
 
@@ -158,7 +159,9 @@ class Session:
             self._save.attach(None)
             self._load.attach(None)
             self._context.detach()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + RECLAIM_DEADLINE + UNMAP_DEADLINE):
+            with trio.CancelScope(
+                shield=True, deadline=trio.current_time() + RELEASE_DEADLINE + RECLAIM_DEADLINE + UNMAP_DEADLINE
+            ):
                 await trio.to_thread.run_sync(self._context.join)
                 for event in self._context.events():
                     if isinstance(event, Message):
@@ -215,8 +218,8 @@ class Session:
         """Bring the device back from a client that has gone: interrupts off, DMA stopped, memory unmapped, state
         RUNNING.
         """
-        await self._messages.release_irqs()
-        with contextlib.suppress(HostError):
+        with trio.move_on_after(RELEASE_DEADLINE), contextlib.suppress(HostError):
+            await self._messages.release_irqs()
             await self._dirty.stop()
         if self._touched and not self._gone:
             try:

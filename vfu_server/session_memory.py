@@ -10,7 +10,7 @@ import stat
 
 from vfu_server import dma, uapi
 from vfu_server.dma import MapKind
-from vfu_server.errors import HostError
+from vfu_server.errors import ClientError, HostError
 from vfu_server.host_device import DmaMap, HostDevice
 from vfu_server.libvfio_user.context import Context, Message
 from vfu_server.uapi import RegionIndex
@@ -67,6 +67,8 @@ class ClientMemory:
     async def unmap(self, message: Message) -> bytes:
         """A DMA_UNMAP while unmaps come up: something is unreachable, or a log must give its bits first."""
         wanted = dma.parse_dma_unmap(message.payload, uapi.MAX_DATA_XFER_SIZE)
+        if wanted.page_size:
+            raise ClientError("DMA_UNMAP with a dirty bitmap: ask by DMA_LOGGING_REPORT before the unmap")
         if wanted.everything:
             await self._host.dma_unmap_all()
             self._set_unreachable({})

@@ -12,7 +12,7 @@ import trio
 
 from vfu_server import feature, uapi
 from vfu_server.device import Device
-from vfu_server.errors import ClientError, HostError
+from vfu_server.errors import ClientError, DeadlineError, HostError
 from vfu_server.feature import FeatureRequest, Offer
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.context import Message
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 STREAM_OVERHEAD = 16 << 10
 """Bytes that our own header, sections and sums may add to a plugin's estimate."""
+
+ESTIMATE_DEADLINE = 1.0
 
 
 class Messages:
@@ -114,9 +116,13 @@ class Messages:
         if request.feature is Feature.MIGRATION:
             return feature.migration_reply(request, flags)
         if request.feature is Feature.MIG_DATA_SIZE:
-            with trio.fail_after(1):
-                return feature.data_size_reply(request, await self._device.estimate() + STREAM_OVERHEAD)
+            return feature.data_size_reply(request, await self._estimate() + STREAM_OVERHEAD)
         return await self._dma_logging(request)
+
+    async def _estimate(self) -> int:
+        with trio.move_on_after(ESTIMATE_DEADLINE):
+            return await self._device.estimate()
+        raise DeadlineError(f"the plugin's estimate took longer than {ESTIMATE_DEADLINE} s")
 
     async def _dma_logging(self, request: FeatureRequest) -> bytes:
         if request.feature is Feature.DMA_LOGGING_START:

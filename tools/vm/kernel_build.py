@@ -61,7 +61,7 @@ def _check_tools() -> None:
         missing = [header for header in HEADERS if f"{header}: No such file" in done.stderr]
     if missing:
         raise RootError(
-            f"compiling the kernel needs {', '.join(missing)} (to install them: tools/system-packages test)"
+            f"compiling the kernel needs {', '.join(missing)} (to install them: tools/system-packages vm)"
         )
 
 

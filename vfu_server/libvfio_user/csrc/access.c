@@ -89,9 +89,18 @@ answer_of(const struct vs_table *table, const struct vs_rule *rule, bool write)
     return write ? rule->write[table->state_class] : rule->read[table->state_class];
 }
 
-/* Whether the rules from `rule` on cover the access without a gap and answer alike. */
 static bool
-covers(const struct vs_table *table, unsigned region, const struct vs_rule *rule, uint64_t end, bool write)
+width_allowed(const struct vs_rule *rule, size_t count)
+{
+    bool single = count == 1 || count == 2 || count == 4 || count == 8;
+
+    return (single && (rule->widths & count) != 0) || (rule->widths & VS_WIDTH_ANY) != 0;
+}
+
+/* Whether the rules from `rule` on cover the access without a gap, allow its width and answer alike. */
+static bool
+covers(const struct vs_table *table, unsigned region, const struct vs_rule *rule, uint64_t end, size_t count,
+       bool write)
 {
     const struct vs_rule *stop = table->rules[region] + table->nr_rules[region];
     enum vs_answer answer = answer_of(table, rule, write);
@@ -99,20 +108,13 @@ covers(const struct vs_table *table, unsigned region, const struct vs_rule *rule
     while (rule->end < end) {
         const struct vs_rule *next = rule + 1;
 
-        if (next == stop || next->start != rule->end || answer_of(table, next, write) != answer) {
+        if (next == stop || next->start != rule->end || answer_of(table, next, write) != answer ||
+            !width_allowed(next, count)) {
             return false;
         }
         rule = next;
     }
     return true;
-}
-
-static bool
-width_allowed(const struct vs_rule *rule, size_t count)
-{
-    bool single = count == 1 || count == 2 || count == 4 || count == 8;
-
-    return (single && (rule->widths & count) != 0) || (rule->widths & VS_WIDTH_ANY) != 0;
 }
 
 static int
@@ -194,7 +196,7 @@ vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *
     if (rule == NULL) {
         ret = -EPERM;
     } else if (!width_allowed(rule, count) ||
-               (rule->end < offset + count && !covers(table, region, rule, offset + count, write))) {
+               (rule->end < offset + count && !covers(table, region, rule, offset + count, count, write))) {
         ret = -EINVAL;
     } else {
         kind = answer_of(table, rule, write);
@@ -224,6 +226,21 @@ snapshot(struct vs_table *table, unsigned region, struct vs_rule *rule)
     }
 }
 
+/* Puts a kept write into the snapshot again: who wrote it reads it back. */
+static void
+overlay(struct vs_table *table, const struct vs_kept_write *kept)
+{
+    const uint8_t *value = (const uint8_t *)&kept->value;
+
+    for (uint32_t i = 0; i < kept->width; i++) {
+        struct vs_rule *rule = find_rule(table, kept->region, kept->offset + i);
+
+        if (rule != NULL && rule->shadow != NULL) {
+            rule->shadow[kept->offset + i - rule->start] = value[i];
+        }
+    }
+}
+
 int
 vs_table_switch(struct vs_table *table, unsigned state_class)
 {
@@ -239,10 +256,13 @@ vs_table_switch(struct vs_table *table, unsigned state_class)
         for (size_t i = 0; i < table->nr_rules[region]; i++) {
             struct vs_rule *rule = &table->rules[region][i];
 
-            if (rule->read[state_class] == VS_SHADOW && rule->read[table->state_class] != VS_SHADOW) {
+            if (rule->read[state_class] == VS_SHADOW) {
                 snapshot(table, region, rule);
             }
         }
+    }
+    for (size_t i = 0; i < table->nr_kept; i++) {
+        overlay(table, &table->kept[i]);
     }
     table->state_class = state_class;
     pthread_mutex_unlock(&table->lock);

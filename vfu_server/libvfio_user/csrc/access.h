@@ -72,8 +72,8 @@ int vs_table_add(struct vs_table *table, unsigned region, const struct vs_rule *
 /* 0, or a negative errno. */
 int vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write);
 /*
- * Waits for the access in flight, fills the snapshots of the ranges that
- * become shadowed, switches. An unreadable range is snapshot as all ones.
+ * Waits for the access in flight, takes the snapshots of the ranges that are
+ * shadowed in the new class, switches. An unreadable range is snapshot as all ones.
  * -EAGAIN: kept writes must be taken and applied before the device runs.
  */
 int vs_table_switch(struct vs_table *table, unsigned state_class);
