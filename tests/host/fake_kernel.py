@@ -54,6 +54,9 @@ class Space:
     """An IOMMU address space: a type1 container's or an IOAS."""
 
     maps: list[Mapping] = field(default_factory=list)
+    tracking: bool = False
+    dirty: set[int] = field(default_factory=set)
+    """Pages that the device wrote, as the IOMMU's page table has them."""
 
     def find(self, iova: int) -> Mapping | None:
         return next((m for m in self.maps if m.iova <= iova < m.iova + m.size), None)
@@ -91,6 +94,7 @@ class FakeKernel:
         self.tokens: dict[str, str] = {}
         self.denied: set[str] = set()
         self.attach_busy = 0
+        self.tracking_tables = False
         self.requests: list[int] = []
         self._files: dict[int, File] = {}
         self._objects: dict[int, tuple[str, Any]] = {}
@@ -396,7 +400,7 @@ class FakeKernel:
             0x3B8A: self._hw_info,
         }
         if self.has_hwpt:
-            calls[0x3B89] = self._hwpt_alloc
+            calls |= {0x3B89: self._hwpt_alloc, 0x3B8B: self._set_tracking, 0x3B8C: self._dirty_bitmap}
         if self.has_map_file:
             calls[0x3B8F] = self._ioas_map_file
         return calls
@@ -475,12 +479,38 @@ class FakeKernel:
 
     def _hwpt_alloc(self, file: File, view: memoryview) -> int:
         size, flags, device, ioas = struct.unpack_from("=IIII", view)
-        if flags or any(bytes(view[20:size])):
+        if flags & ~2 or (flags and not self.hw_capabilities) or any(bytes(view[20:size])):
             raise fail(errno.EOPNOTSUPP)
+        self.tracking_tables = bool(flags)
         self._ioas(file, ioas)
         if self._objects.get(device, ("", None))[0] != "device":
             raise fail(errno.ENOENT)
         struct.pack_into("=I", view, 16, self._add(file.what, "hwpt", ioas))
+        return 0
+
+    def _set_tracking(self, file: File, view: memoryview) -> int:
+        _, flags, table, reserved = struct.unpack_from("=IIII", view)
+        kind, ioas = self._objects.get(table, ("", 0))
+        if kind != "hwpt" or flags & ~1 or reserved or not self.tracking_tables:
+            raise fail(errno.EOPNOTSUPP if kind == "hwpt" else errno.ENOENT)
+        space = self._ioas(file, ioas)
+        space.tracking = bool(flags)
+        space.dirty.clear()
+        return 0
+
+    def _dirty_bitmap(self, file: File, view: memoryview) -> int:
+        _, table, flags, reserved, iova, length, page_size, pointer = struct.unpack_from("=IIIIQQQQ", view)
+        space = self._ioas(file, self._objects[table][1])
+        if flags & ~1 or reserved:
+            raise fail(errno.EOPNOTSUPP)
+        holes = any(space.find(page) is None for page in range(iova, iova + length, PAGE))
+        if (iova | length) % page_size or holes or not space.tracking:
+            raise fail(errno.EINVAL)
+        for page in sorted(space.dirty):
+            if iova <= page < iova + length:
+                byte, bit = divmod((page - iova) // page_size, 8)
+                store(pointer + byte, bytes([load(pointer + byte, 1)[0] | 1 << bit]))
+                space.dirty -= set() if flags & 1 else {page}
         return 0
 
     def _hw_info(self, file: File, view: memoryview) -> int:

@@ -35,6 +35,8 @@ LAYOUTS = [
     ("IOAS_MAP_FILE", 40, (0, 4, 8, 12, 16, 24, 32)),
     ("IOAS_UNMAP", 24, (0, 4, 8, 16)),
     ("HWPT_ALLOC", 48, (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 44)),
+    ("HWPT_SET_DIRTY_TRACKING", 16, (0, 4, 8, 12)),
+    ("HWPT_GET_DIRTY_BITMAP", 48, (0, 4, 8, 12, 16, 24, 32, 40)),
     ("HW_INFO", 40, (0, 4, 8, 12, 16, 24, 28, 32)),
 ]
 
@@ -135,6 +137,8 @@ def test_features_with_pointers():
         (0x3B76, "DEVICE_BIND_IOMMUFD"),
         (0x3B77, "DEVICE_ATTACH_IOMMUFD_PT"),
         (0x3B8A, "IOMMU_GET_HW_INFO"),
+        (0x3B8B, "IOMMU_HWPT_SET_DIRTY_TRACKING"),
+        (0x3B8C, "IOMMU_HWPT_GET_DIRTY_BITMAP"),
         (0x3B8F, "IOMMU_IOAS_MAP_FILE"),
     ],
 )

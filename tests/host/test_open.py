@@ -50,11 +50,12 @@ async def test_by_device_node(by_cdev, function):
     assert by_cdev.requests[:5] == [
         ioctl.DEVICE_BIND_IOMMUFD,
         ioctl.IOMMU_IOAS_ALLOC,
+        ioctl.IOMMU_GET_HW_INFO,
         ioctl.IOMMU_HWPT_ALLOC,
         ioctl.DEVICE_ATTACH_IOMMUFD_PT,
-        ioctl.IOMMU_GET_HW_INFO,
     ]
     assert not host.attachment.tracks_dirty_pages
+    assert host.dirty_source == ""
     await host.aclose()
     await host.aclose()
     assert by_cdev.opened("iommufd") == []
@@ -66,6 +67,7 @@ async def test_an_iommu_that_tells_dirty_pages(by_cdev):
     by_cdev.hw_capabilities = 1
     host = await open_bdf(BDF, kernel=by_cdev.kernel)
     assert host.attachment.tracks_dirty_pages
+    assert host.dirty_source == "the IOMMU"
     await host.aclose()
 
 

@@ -15,6 +15,8 @@ from vfu_server.host.ioctl import HotReset
 from vfu_server.host_device import Scratch
 from vfu_server.libvfio_user.kernel_door import KernelDoor
 
+NO_TABLE = -1
+
 
 class Attachment(Protocol):
     """One open function."""
@@ -25,8 +27,10 @@ class Attachment(Protocol):
     """Type1 container or iommufd."""
     ioas_id: int
     """`kernel_door.TYPE1`, or the client's address space in the iommufd."""
+    page_table: int
+    """Id of the client's page table in the iommufd, or NO_TABLE."""
     tracks_dirty_pages: bool
-    """The IOMMU can tell which pages the device wrote."""
+    """That page table has dirty bits: the IOMMU can tell which pages the device wrote."""
 
     def hot_reset_groups(self, info: HotReset) -> Sequence[int] | None:
         """The fds to pass to a hot reset, or None where it would touch what is not ours."""

@@ -15,7 +15,7 @@ import trio
 
 from vfu_server.errors import HostError
 from vfu_server.host import ioctl as kernel_calls
-from vfu_server.host.attachment import refusal
+from vfu_server.host.attachment import NO_TABLE, refusal
 from vfu_server.host.checks import Way, nodes_of
 from vfu_server.host.ioctl import HotReset, Kernel
 from vfu_server.host.scratch import find_place, scratch_memory
@@ -27,7 +27,6 @@ from vfu_server.uapi import PAGE_SIZE
 # The kernel refuses to attach while the function is being reset; that is over soon.
 ATTACH_TRIES = 20
 ATTACH_PAUSE = 0.05
-NO_TABLE = -1
 
 UNSAFE_INTERRUPTS = (
     "another process has its group, or this machine does not check interrupt messages (no interrupt remapping)",
@@ -45,11 +44,11 @@ class CdevAttachment:
         self.device_fd = -1
         self.iommu_fd = -1
         self.ioas_id = 0
+        self.page_table = NO_TABLE
         self.tracks_dirty_pages = False
         self._kernel = kernel
         self._function = function
         self._device_id = 0
-        self._table = NO_TABLE
 
     def open(self, token: str, device_fd: int = -1, iommu_fd: int = -1) -> None:
         """Open both nodes, or take open fds over from a launcher; bind, and attach to a new, empty address space."""
@@ -63,10 +62,8 @@ class CdevAttachment:
                 self.device_fd = self._node(device_node)
             self._bind(token)
             self.ioas_id = kernel_calls.ioas_alloc(call, self.iommu_fd)
+            self._make_table()
             self._attach_to_table()
-            with suppress(OSError):  # kernels before 6.7 do not tell
-                known = kernel_calls.hw_capabilities(call, self.iommu_fd, self._device_id)
-                self.tracks_dirty_pages = bool(known & kernel_calls.HW_CAP_DIRTY_TRACKING)
         except OSError as error:
             self.close()
             raise refusal("the address space for the client's memory", error, {}) from error
@@ -76,7 +73,7 @@ class CdevAttachment:
 
     @property
     def _main(self) -> int:
-        return self.ioas_id if self._table == NO_TABLE else self._table
+        return self.ioas_id if self.page_table == NO_TABLE else self.page_table
 
     def _node(self, path: str) -> int:
         try:
@@ -105,20 +102,31 @@ class CdevAttachment:
             }
             raise refusal(self._function.bdf, error, reasons) from error
 
-    def _attach_to_table(self) -> None:
-        """To a page table of our own. Where there is no such thing (6.6, some IOMMUs) the kernel keeps one for us while
-        the function is attached to the address space.
-        """
-        call = self._kernel.ioctl
+    def _make_table(self) -> None:
+        """A page table of our own, with dirty bits if the IOMMU writes them (kernels before 6.7 do not tell)."""
+        call, flags = self._kernel.ioctl, 0
         with suppress(OSError):
-            self._table = kernel_calls.hwpt_alloc(call, self.iommu_fd, self._device_id, self.ioas_id)
+            known = kernel_calls.hw_capabilities(call, self.iommu_fd, self._device_id)
+            if known & kernel_calls.HW_CAP_DIRTY_TRACKING:
+                flags = kernel_calls.HWPT_ALLOC_DIRTY_TRACKING
+        for wanted in dict.fromkeys((flags, 0)):
+            with suppress(OSError):
+                device = self._device_id
+                self.page_table = kernel_calls.hwpt_alloc(call, self.iommu_fd, device, self.ioas_id, wanted)
+                self.tracks_dirty_pages = bool(wanted)
+                return
+
+    def _attach_to_table(self) -> None:
+        """To our page table. Where there is none (6.6, some IOMMUs) or it does not suit, the kernel keeps one for us
+        while the function is attached to the address space.
+        """
         try:
             self._attach(self._main)
         except HostError:
-            if self._table == NO_TABLE:
+            if self.page_table == NO_TABLE:
                 raise
-            kernel_calls.destroy(call, self.iommu_fd, self._table)
-            self._table = NO_TABLE
+            kernel_calls.destroy(self._kernel.ioctl, self.iommu_fd, self.page_table)
+            self.page_table, self.tracks_dirty_pages = NO_TABLE, False
             self._attach(self.ioas_id)
 
     def _attach(self, page_table: int) -> None:
@@ -136,7 +144,7 @@ class CdevAttachment:
 
     def scratch(self, door: KernelDoor, size: int, limit: int) -> AbstractAsyncContextManager[Scratch]:
         """See Attachment. An address space of its own: client memory is out of the device's reach for that time."""
-        if self._table == NO_TABLE:
+        if self.page_table == NO_TABLE:
             return scratch_memory(door, size, limit, self._ranges(self.ioas_id))
         return self._own_space(size, limit)
 

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 
 from vfu_server.errors import HostError
 from vfu_server.host import ioctl as kernel_calls
-from vfu_server.host.attachment import refusal
+from vfu_server.host.attachment import NO_TABLE, refusal
 from vfu_server.host.checks import Way, nodes_of
 from vfu_server.host.ioctl import HotReset, Kernel
 from vfu_server.host.scratch import scratch_memory
@@ -30,6 +30,7 @@ class GroupAttachment:
 
     way = Way.GROUP
     ioas_id = TYPE1
+    page_table = NO_TABLE
     tracks_dirty_pages = False
     """A type1 container reports every page of an ordinary device as dirty, always."""
 

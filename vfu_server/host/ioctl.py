@@ -50,6 +50,8 @@ IOMMU_IOAS_MAP = 0x3B85
 IOMMU_IOAS_UNMAP = 0x3B86
 IOMMU_HWPT_ALLOC = 0x3B89
 IOMMU_GET_HW_INFO = 0x3B8A
+IOMMU_HWPT_SET_DIRTY_TRACKING = 0x3B8B
+IOMMU_HWPT_GET_DIRTY_BITMAP = 0x3B8C
 IOMMU_IOAS_MAP_FILE = 0x3B8F
 
 API_VERSION = 0
@@ -65,6 +67,8 @@ IOAS_MAP_FIXED_IOVA = 1
 IOAS_MAP_WRITEABLE = 2
 IOAS_MAP_READABLE = 4
 HW_CAP_DIRTY_TRACKING = 1
+HWPT_ALLOC_DIRTY_TRACKING = 2
+HWPT_DIRTY_TRACKING_ENABLE = 1
 
 GROUP_STATUS = struct.Struct("=II")
 """argsz, flags"""
@@ -115,6 +119,10 @@ IOAS_UNMAP = struct.Struct("=IIQQ")
 """size, ioas_id, iova, length in and out"""
 HWPT_ALLOC = struct.Struct("=IIIIIIIIQII")
 """size, flags, dev_id, pt_id, out_hwpt_id, reserved, data_type, data_len, data_uptr, fault_id, reserved"""
+HWPT_SET_DIRTY_TRACKING = struct.Struct("=IIII")
+"""size, flags, hwpt_id, reserved"""
+HWPT_GET_DIRTY_BITMAP = struct.Struct("=IIIIQQQQ")
+"""size, hwpt_id, flags, reserved, iova, length, page_size, pointer to the bitmap"""
 HW_INFO = struct.Struct("=IIIIQIIQ")
 """size, flags, dev_id, data_len, data_uptr, out_data_type, pasid bits, out_capabilities"""
 
@@ -362,11 +370,26 @@ def ioas_unmap(ioctl: Ioctl, iommufd: int, ioas: int, iova: int, length: int) ->
     ioctl(iommufd, IOMMU_IOAS_UNMAP, _filled(IOAS_UNMAP, ioas, iova, length))
 
 
-def hwpt_alloc(ioctl: Ioctl, iommufd: int, device_id: int, ioas: int) -> int:
+def hwpt_alloc(ioctl: Ioctl, iommufd: int, device_id: int, ioas: int, flags: int) -> int:
     """IOMMU_HWPT_ALLOC: a page table of `ioas` for the device, with all its maps; it stays when nothing is attached."""
-    buffer = _filled(HWPT_ALLOC, 0, device_id, ioas, 0, 0, 0, 0, 0, 0, 0)
+    buffer = _filled(HWPT_ALLOC, flags, device_id, ioas, 0, 0, 0, 0, 0, 0, 0)
     ioctl(iommufd, IOMMU_HWPT_ALLOC, buffer)
     return int(HWPT_ALLOC.unpack(buffer)[4])
+
+
+def hwpt_set_dirty_tracking(ioctl: Ioctl, iommufd: int, page_table: int, *, on: bool) -> None:
+    """IOMMU_HWPT_SET_DIRTY_TRACKING; turning it on clears what was dirty."""
+    flags = HWPT_DIRTY_TRACKING_ENABLE if on else 0
+    ioctl(iommufd, IOMMU_HWPT_SET_DIRTY_TRACKING, _filled(HWPT_SET_DIRTY_TRACKING, flags, page_table, 0))
+
+
+def hwpt_get_dirty_bitmap(
+    ioctl: Ioctl, iommufd: int, page_table: int, iova: int, length: int, page_size: int, bitmap: bytearray
+) -> None:
+    """IOMMU_HWPT_GET_DIRTY_BITMAP: sets the bits of what was written since the last call. All of it must be mapped."""
+    at = address_of(bitmap)
+    buffer = _filled(HWPT_GET_DIRTY_BITMAP, page_table, 0, 0, iova, length, page_size, at)
+    ioctl(iommufd, IOMMU_HWPT_GET_DIRTY_BITMAP, buffer)
 
 
 def hw_capabilities(ioctl: Ioctl, iommufd: int, device_id: int) -> int:

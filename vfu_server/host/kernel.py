@@ -24,6 +24,7 @@ from vfu_server.host.cdev import CdevAttachment
 from vfu_server.host.checks import Status, Way
 from vfu_server.host.group import GroupAttachment
 from vfu_server.host.ioctl import Kernel
+from vfu_server.host.kernel_dirty import LOGGING, IommuLog
 from vfu_server.host.kernel_feature import device_feature
 from vfu_server.host.kernel_info import KernelInfo, read_info
 from vfu_server.host.kernel_irqs import KernelIrqs
@@ -31,7 +32,7 @@ from vfu_server.host.kernel_reset import Ladder
 from vfu_server.host.sysfs import Function, Sysfs
 from vfu_server.host_device import DmaMap, HostEvent, HostStatistics, Identity, IrqInfo, RegionInfo, Scratch
 from vfu_server.libvfio_user.kernel_door import KernelDoor
-from vfu_server.uapi import Command, IrqIndex, RegionIndex
+from vfu_server.uapi import Command, Feature, IrqIndex, RegionIndex
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class KernelHost:
         info = read_info(kernel.ioctl, attachment.device_fd)
         self.regions: Sequence[RegionInfo] = info.regions
         self.irqs: Sequence[IrqInfo] = info.irqs
+        self._iommu_log: IommuLog | None = None
         self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, by_function=info.can_reset)
         self.can_reset = self._ladder.exists()
         self._irqs = KernelIrqs(kernel.ioctl, attachment.device_fd, info.irqs)
@@ -127,6 +129,10 @@ class KernelHost:
         except OSError as error:
             self._irqs.close()
             raise HostError(f"{self.name} cannot be set up: {error.strerror}", error.errno) from error
+        self._logs_itself = self._keeps_log()
+        if attachment.tracks_dirty_pages and not self._logs_itself:
+            table = attachment.page_table
+            self._iommu_log = IommuLog(kernel.ioctl, attachment.iommu_fd, table, self._door.dma_maps)
         _open_here.add(self.name)
 
     def _make_door(self, info: KernelInfo) -> KernelDoor:
@@ -139,6 +145,19 @@ class KernelHost:
             door.close()
             raise
         return door
+
+    def _keeps_log(self) -> bool:
+        probe = uapi.FEATURE_PROBE | uapi.FEATURE_SET | Feature.DMA_LOGGING_START
+        try:
+            device_feature(self._kernel.ioctl, self._attachment.device_fd, probe, b"", 0)
+        except OSError:
+            return False
+        return True
+
+    @property
+    def dirty_source(self) -> str:
+        """Who tells which pages the device has written, for people; nothing: nobody."""
+        return "the device's driver" if self._logs_itself else "the IOMMU" if self._iommu_log else ""
 
     @property
     def native(self) -> KernelDoor:
@@ -259,7 +278,13 @@ class KernelHost:
         return await self._ladder.reset()
 
     async def device_feature(self, flags: int, data: bytes = b"", reply_size: int = 0) -> bytes:
-        """See HostDevice. A data fd in a reply is the caller's to close."""
+        """See HostDevice. A data fd in a reply is the caller's to close.
+
+        Where the driver keeps no log of the device's DMA but the IOMMU can tell, the IOMMU's is given for it.
+        """
+        if self._iommu_log is not None and flags & uapi.FEATURE_ID_MASK in LOGGING:
+            of_iommu = self._iommu_log
+            return await self._in_thread(lambda: of_iommu.feature(flags, data, reply_size))
         device = self._attachment.device_fd
         return await self._in_thread(lambda: device_feature(self._kernel.ioctl, device, flags, data, reply_size))
 

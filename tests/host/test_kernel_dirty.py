@@ -1,0 +1,188 @@
+"""Dirty pages from the IOMMU, asked for as a device's own log of its DMA would be."""
+
+import errno
+import os
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trio.testing import trio_test
+
+from tests.host.conftest import BDF
+from tests.host.fake_kernel import Space
+from vfu_server import uapi
+from vfu_server.errors import HostError
+from vfu_server.host import ioctl
+from vfu_server.host.kernel import KernelHost, open_bdf
+from vfu_server.host.kernel_dirty import IommuLog
+from vfu_server.host_device import DmaMap
+from vfu_server.uapi import Feature
+
+PAGE = 4096
+START = uapi.FEATURE_SET | Feature.DMA_LOGGING_START
+STOP = uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP
+REPORT = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT
+WISH = uapi.FEATURE_LOGGING_START.pack(PAGE, 1, 0) + uapi.LOGGING_RANGE.pack(0, 1 << 32)
+
+
+@pytest.fixture
+def guest():
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 1 << 20)
+    yield fd
+    os.close(fd)
+
+
+async def reported(host: KernelHost, iova: int, pages: int, page_size: int = PAGE) -> set[int]:
+    """Pages of the range that are told as dirty, by number."""
+    ask = uapi.FEATURE_LOGGING_REPORT.pack(iova, pages * page_size, page_size)
+    size = -(-pages // 64) * 8
+    reply = await host.device_feature(REPORT, ask, len(ask) + size)
+    assert reply[: len(ask)] == ask
+    assert len(reply) == len(ask) + size
+    bits = int.from_bytes(reply[len(ask) :], "little")
+    assert bits >> pages == 0
+    return {page for page in range(pages) if bits >> page & 1}
+
+
+@trio_test
+async def test_what_the_device_wrote_is_told_once(by_cdev, function, guest):
+    by_cdev.hw_capabilities = 1
+    host = await open_bdf(BDF, kernel=by_cdev.kernel)
+    await host.device_feature(uapi.FEATURE_PROBE | START)
+    await host.dma_map(DmaMap(0, 16 * PAGE, 3, guest))
+    await host.dma_map(DmaMap(0x13000, 80 * PAGE, 3, guest, 16 * PAGE))
+    await host.dma_map(DmaMap(0x80000, PAGE, 1, guest))  # which it cannot write
+    await host.dma_map(DmaMap(0x90000, PAGE, 3))  # a peer's
+    space = by_cdev.space_of(function)
+    space.dirty |= {0}
+    assert await host.device_feature(START, WISH, len(WISH)) == WISH
+    assert space.tracking
+    space.dirty |= {0x2000, 0xF000, 0x13000, 0x62000}
+    async with host.scratch(PAGE):  # attached elsewhere for a while; the table keeps what it knows
+        pass
+    assert await reported(host, 0, 0x100) == {0x2, 0xF, 0x13, 0x62}
+    assert await reported(host, 0, 0x100) == set()
+    space.dirty |= {0x14000}
+    assert await reported(host, 0x14000, 3) == {0}
+    await host.device_feature(STOP)
+    await host.device_feature(STOP)
+    assert not space.tracking
+    with pytest.raises(HostError) as failed:
+        await reported(host, 0, 1)
+    assert failed.value.errno == errno.EINVAL
+    await host.aclose()
+
+
+@trio_test
+async def test_pages_of_another_size(by_cdev, function, guest):
+    """The IOMMU takes whole pages of the size only: what is cut by a map's edge counts as written."""
+    by_cdev.hw_capabilities = 1
+    host = await open_bdf(BDF, kernel=by_cdev.kernel)
+    await host.dma_map(DmaMap(0, 16 * PAGE, 3, guest))
+    await host.dma_map(DmaMap(17 * PAGE, 15 * PAGE, 3, guest, 16 * PAGE))
+    await host.device_feature(START, WISH, len(WISH))
+    by_cdev.space_of(function).dirty |= {5 * PAGE}
+    assert await reported(host, 0, 4, 8 * PAGE) == {0, 2, 3}
+    await host.aclose()
+
+
+@trio_test
+async def test_a_device_that_keeps_its_own_log_is_asked_itself(by_cdev, function):
+    by_cdev.hw_capabilities = 1
+    asked = []
+    function.features = {6: (0x20000, 32, lambda *_: asked.append(6) or 0)}
+    host = await open_bdf(BDF, kernel=by_cdev.kernel)
+    assert host.dirty_source == "the device's driver"
+    await host.device_feature(START, WISH, len(WISH))
+    assert asked == [6]
+    assert ioctl.IOMMU_HWPT_SET_DIRTY_TRACKING not in by_cdev.requests
+    await host.aclose()
+
+
+@trio_test
+async def test_a_page_table_with_dirty_bits_that_does_not_suit(by_cdev, function):
+    """An IOMMU that promises and refuses: the function is served all the same."""
+    by_cdev.hw_capabilities = 1
+    by_cdev.attach_busy = 1  # refuses the first attach
+    host = await open_bdf(BDF, kernel=by_cdev.kernel)
+    assert (host.attachment.tracks_dirty_pages, host.dirty_source) == (False, "")
+    assert "attached ioas" in function.calls
+    with pytest.raises(HostError) as failed:
+        await host.device_feature(uapi.FEATURE_PROBE | START)
+    assert failed.value.errno == errno.ENOTTY
+    await host.aclose()
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "room"),
+    [
+        (uapi.FEATURE_PROBE | uapi.FEATURE_GET | Feature.DMA_LOGGING_START, b"", 0),
+        (uapi.FEATURE_GET | Feature.DMA_LOGGING_STOP, b"", 0),
+        (START, WISH[:16], 32),
+        (START, uapi.FEATURE_LOGGING_START.pack(PAGE, 0, 0), 32),
+        (START, uapi.FEATURE_LOGGING_START.pack(PAGE, 2, 0) + bytes(16), 32),
+        (REPORT, uapi.FEATURE_LOGGING_REPORT.pack(0, PAGE, PAGE), 32),  # before START
+    ],
+)
+def test_what_a_driver_would_refuse(flags, data, room):
+    log = IommuLog(lambda *_: pytest.fail("reached the kernel"), -1, 1, lambda *_: [])
+    with pytest.raises(OSError, match="Invalid") as failed:
+        log.feature(flags, data, room)
+    assert failed.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("iova", "length", "page_size", "room"),
+    [(0, PAGE, 0, 32), (0, PAGE, 2048, 32), (0, PAGE, PAGE + 1, 32), (0, 0, PAGE, 32), (0, 65 * PAGE, PAGE, 32)],
+)
+def test_reports_that_cannot_be(iova, length, page_size, room):
+    log = IommuLog(lambda *_: 0, -1, 1, lambda *_: [])
+    log.feature(START, WISH, len(WISH))
+    with pytest.raises(OSError, match="Invalid"):
+        log.feature(START, WISH, len(WISH))
+    with pytest.raises(OSError, match="Invalid"):
+        log.feature(REPORT, uapi.FEATURE_LOGGING_REPORT.pack(iova, length, page_size), room)
+
+
+maps_and_dirt = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 70)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(pieces=maps_and_dirt, start=st.integers(0, 40), pages=st.integers(1, 300), data=st.data())
+def test_bits_land_where_the_pages_are(pieces, start, pages, data):
+    """Against the plain meaning: page k of the answer is dirty if and only if the device wrote it and it is mapped."""
+    maps, at = [], 0
+    for gap, size in pieces:
+        maps.append(DmaMap((at + gap) * PAGE, size * PAGE, 3, 0))
+        at += gap + size
+    space = Space()
+    mapped = {page for m in maps for page in range(m.iova // PAGE, (m.iova + m.size) // PAGE)}
+    space.dirty = data.draw(st.sets(st.sampled_from(sorted(mapped))))
+
+    def call(_fd, request, buffer):
+        if request != ioctl.IOMMU_HWPT_GET_DIRTY_BITMAP:
+            return 0
+        _, _, _, _, iova, length, page_size, pointer = struct.unpack("=IIIIQQQQ", buffer)
+        wanted = range(iova // PAGE, (iova + length) // PAGE)
+        assert set(wanted) <= mapped
+        assert page_size == PAGE
+        from tests.host.fake_function import store
+
+        bits = sum(1 << (page - wanted.start) for page in wanted if page in space.dirty)
+        store(pointer, bits.to_bytes(-(-len(wanted) // 64) * 8, "little"))
+        return 0
+
+    def inside(iova, size):
+        return [m for m in maps if m.iova < iova + size and iova < m.iova + m.size]
+
+    log = IommuLog(call, -1, 1, inside)
+    log.feature(START, WISH, len(WISH))
+    ask = uapi.FEATURE_LOGGING_REPORT.pack(start * PAGE, pages * PAGE, PAGE)
+    size = -(-pages // 64) * 8
+    reply = log.feature(REPORT, ask, len(ask) + size)
+    bits = int.from_bytes(reply[len(ask) :], "little")
+    assert {start + page for page in range(size * 8) if bits >> page & 1} == {
+        page for page in space.dirty if start <= page < start + pages
+    }
