@@ -200,6 +200,18 @@ async def test_scratch_memory_is_given_back_when_its_user_fails(by_cdev, functio
 
 
 @trio_test
+async def test_scratch_memory_whose_user_keeps_a_view_of_it(by_cdev, function):
+    host = await open_bdf(BDF, kernel=by_cdev.kernel)
+    clients = by_cdev.space_of(function)
+    async with host.scratch(8192) as scratch:
+        kept = scratch.memory[4096:]
+        kept[:4] = b"kept"
+    assert by_cdev.space_of(function) is clients
+    assert bytes(kept[:4]) == b"kept"
+    await host.aclose()
+
+
+@trio_test
 async def test_scratch_memory_without_room_or_locked_memory(by_cdev, function):
     host = await open_bdf(BDF, kernel=by_cdev.kernel)
     clients = by_cdev.space_of(function)

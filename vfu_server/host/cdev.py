@@ -157,16 +157,16 @@ class CdevAttachment:
     @asynccontextmanager
     async def _own_space(self, size: int, limit: int) -> AsyncIterator[Scratch]:
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        with mmap.mmap(-1, size) as memory:
-            space = self._new_space()
-            try:
-                await self._attach_soon(space)
-                iova = await trio.to_thread.run_sync(self._map_scratch, space, memory, limit)
-                with memoryview(memory) as view:
-                    yield Scratch(iova, view)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._leave(space)
+        # Given back when the last view of it is gone: a plugin may have kept one.
+        memory = mmap.mmap(-1, size)
+        space = self._new_space()
+        try:
+            await self._attach_soon(space)
+            iova = await trio.to_thread.run_sync(self._map_scratch, space, memory, limit)
+            yield Scratch(iova, memoryview(memory))
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._leave(space)
 
     def _new_space(self) -> int:
         try:
