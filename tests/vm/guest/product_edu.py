@@ -21,11 +21,9 @@ from vfu_server.testing.edu import BUFFER, BUFFER_SIZE, DMA_FROM_DEVICE
 from vfu_server.uapi import PCI_COMMAND, IrqIndex, RegionIndex
 
 BDF = pci.only(pci.EDU)
-DOOR = sys.argv[1]
+DOOR, MODEL = sys.argv[1], "model" in sys.argv
 PATTERN = bytes(range(255, -1, -1)) * (BUFFER_SIZE // 256)
 UNMAPPED = 0x7654000
-WRITE_FAULT = rf"DMAR:.*DMA Write.*{BDF[5:]}.*fault addr {{address:#x}}"
-READ_FAULT = rf"DMAR:.*DMA Read.*{BDF[5:]}.*fault addr {{address:#x}}"
 
 running: list[Server] = []
 """The server that most checks share: under emulation a start takes seconds."""
@@ -56,6 +54,12 @@ def started() -> Guest:
     except BaseException:
         guest.close()
         raise
+
+
+def wait_fault(log: KernelLog, kind: str, address: int) -> None:
+    """The IOMMU's driver told of the access. A device from outside has no mapping that it could be made through."""
+    if not MODEL:
+        log.wait(rf"DMAR:.*DMA {kind}.*{BDF[5:]}.*fault addr {address:#x}")
 
 
 def healthy(guest: Guest) -> None:
@@ -115,10 +119,10 @@ def check_unmapped_dma_faults_in_the_iommu() -> None:
         edu = edu_of(guest)
         edu.begin_dma(BUFFER, UNMAPPED, BUFFER_SIZE, DMA_FROM_DEVICE)
         edu.finish_dma()
-        log.wait(WRITE_FAULT.format(address=UNMAPPED))
+        wait_fault(log, "Write", UNMAPPED)
         edu.begin_dma(UNMAPPED, BUFFER, BUFFER_SIZE, 0)
         edu.finish_dma()
-        log.wait(READ_FAULT.format(address=UNMAPPED))
+        wait_fault(log, "Read", UNMAPPED)
         log.close()
         healthy(guest)
     equal(server().process.poll(), None, "the server's exit status")
@@ -131,7 +135,7 @@ def check_memory_that_was_unmapped_is_out_of_reach() -> None:
         edu = edu_of(guest)
         edu.begin_dma(BUFFER, IOVA, BUFFER_SIZE, DMA_FROM_DEVICE)
         edu.finish_dma()
-        log.wait(WRITE_FAULT.format(address=IOVA))
+        wait_fault(log, "Write", IOVA)
         log.close()
         equal(guest.memory.read(IOVA, MEMORY), bytes(MEMORY), "memory that was unmapped")
         guest.memory.map_into(guest.client)

@@ -1,7 +1,7 @@
 """Checks in the test machine that kernel VFIO drives edu, without the product: `raw_edu.py group|cdev [model]`.
 
-With `model` the device is ours, plugged in with vfio-user-pci; it has a reset, QEMU's has none. What fails here is the
-machine's fault, not the server's.
+With `model` the device is ours, plugged in with vfio-user-pci. What fails here is the machine's fault, not the
+server's.
 """
 
 import errno
@@ -46,6 +46,12 @@ def transfer(device: RawDevice, source: int, destination: int, command: int) -> 
     while device.read(0, DMA_COMMAND, 8) & RUN:
         if time.monotonic() > deadline:
             raise AssertionError("the device did not finish its DMA")
+
+
+def wait_fault(log: KernelLog, kind: str, address: int) -> None:
+    """The IOMMU's driver told of the access. A device from outside has no mapping that it could be made through."""
+    if not MODEL:
+        log.wait(rf"DMAR:.*DMA {kind}.*{BDF[5:]}.*fault addr {address:#x}")
 
 
 def check_bind() -> None:
@@ -102,10 +108,9 @@ def check_unmapped_dma_faults() -> None:
     with opened() as device:
         log = KernelLog()
         transfer(device, BUFFER, UNMAPPED, FROM_DEVICE)
-        line = log.wait(r"DMAR:.*DMA Write.*fault addr")
-        equal((BDF[5:] in line, f"{UNMAPPED:#x}" in line), (True, True), f"device and address in {line!r}")
+        wait_fault(log, "Write", UNMAPPED)
         transfer(device, UNMAPPED, BUFFER, 0)
-        log.wait(r"DMAR:.*DMA Read.*fault addr")
+        wait_fault(log, "Read", UNMAPPED)
         log.close()
         equal(device.read(0, IDENTIFICATION, 4), 0x010000ED, "identification after the faults")
 
@@ -117,7 +122,7 @@ def check_memory_is_gone_after_unmap() -> None:
         device.unmap(IOVA, len(memory))
         log = KernelLog()
         transfer(device, BUFFER, IOVA, FROM_DEVICE)
-        log.wait(r"DMAR:.*DMA Write.*fault addr")
+        wait_fault(log, "Write", IOVA)
         log.close()
         equal(bytes(memory), bytes(len(PATTERN)), "memory that was unmapped")
 
@@ -127,7 +132,9 @@ def check_reset() -> None:
         try:
             device.reset()
         except OSError as error:
-            equal((error.errno, MODEL), (errno.EINVAL, False), "errno, and the device is QEMU's own")
+            equal(error.errno, errno.EINVAL, "errno of a reset that the function does not have")
+        else:
+            raise AssertionError("a function without any way to be reset was reset")
 
 
 def check_rebind() -> None:
