@@ -124,6 +124,49 @@ def test_the_end_of_pre_copy_makes_reads_wait(served, client):
     assert client.wait_reply(waiting).payload[8:] == b"rest"
 
 
+def test_nothing_for_now_is_told_to_a_read_that_waits(served, client):
+    ring = served.context.ring
+    ring.open_save(pre_copy=True)
+    ring.end_pre_copy()
+    waiting = read_message(client, 100)
+    served.settle(client)
+    ring.nothing_for_now()
+    assert client.wait_reply(waiting).errno == errno.ENOMSG
+    with pytest.raises(ReplyError) as caught:
+        client.mig_data_read(100)
+    assert caught.value.errno == errno.ENOMSG
+
+
+def test_one_reader_is_excused_and_the_next_waits(served, client):
+    ring = served.context.ring
+    ring.open_save(pre_copy=True)
+    ring.end_pre_copy()
+    waiting, behind = read_message(client, 100), read_message(client, 100)
+    served.settle(client)
+    ring.excuse_reader()
+    assert client.wait_reply(waiting).errno == errno.ENOMSG
+    served.settle(client)
+    assert not client.has_reply(behind)
+    assert ring.wanted
+    put(served, b"data")
+    assert client.wait_reply(behind).payload[8:] == b"data"
+
+
+def test_an_excuse_is_spent_or_forgotten(served, client):
+    ring = served.context.ring
+    ring.open_save(pre_copy=True)
+    ring.excuse_reader()
+    ring.end_pre_copy()
+    waiting = read_message(client, 100)
+    served.settle(client)
+    assert not client.has_reply(waiting)
+    put(served, b"1234")
+    assert client.wait_reply(waiting).payload[8:] == b"1234"
+    assert (ring.used, ring.total) == (0, 4)
+    put(served, b"56789")
+    assert (ring.used, ring.total) == (5, 9)
+
+
 def test_what_was_saved_is_read_before_a_failure_is_told(served, client):
     served.context.ring.open_save(pre_copy=False)
     put(served, b"good")

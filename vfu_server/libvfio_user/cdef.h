@@ -128,11 +128,13 @@ long vs_device_request(struct vs_device *device, unsigned command, const void *d
 int vs_device_ring_fd(struct vs_device *device);
 int vs_device_ring_open(struct vs_device *device, int mode, bool nowait);
 void vs_device_ring_nowait(struct vs_device *device, bool nowait);
+void vs_device_ring_excuse(struct vs_device *device);
 void vs_device_ring_eof(struct vs_device *device);
 void vs_device_ring_error(struct vs_device *device, int error);
 long vs_device_ring_write(struct vs_device *device, const void *data, size_t len);
 long vs_device_ring_read(struct vs_device *device, void *data, size_t len);
 bool vs_device_ring_wanted(struct vs_device *device);
+size_t vs_device_ring_used(struct vs_device *device);
 uint64_t vs_device_ring_total(struct vs_device *device);
 
 extern "Python+C" int vs_trap(void *handle, bool write, unsigned region, uint64_t offset, void *buf, size_t count);

@@ -39,6 +39,14 @@ class Ring:
         """From now on a reader waits for data instead of being told that there is none for now."""
         lib.vs_device_ring_nowait(self._device, False)
 
+    def nothing_for_now(self) -> None:
+        """From now on a reader of the empty ring is told ENOMSG at once, one that waits, too."""
+        lib.vs_device_ring_nowait(self._device, True)
+
+    def excuse_reader(self) -> None:
+        """Tell ENOMSG to the reader that waits, or to the next that would; those behind it wait again."""
+        lib.vs_device_ring_excuse(self._device)
+
     def finish(self) -> None:
         """This was all: a reader gets 0 bytes behind it, a receiver None."""
         lib.vs_device_ring_eof(self._device)
@@ -51,6 +59,11 @@ class Ring:
     def wanted(self) -> bool:
         """A client's read waits for bytes that are not there."""
         return bool(lib.vs_device_ring_wanted(self._device))
+
+    @property
+    def used(self) -> int:
+        """Bytes that are inside."""
+        return int(lib.vs_device_ring_used(self._device))
 
     @property
     def total(self) -> int:

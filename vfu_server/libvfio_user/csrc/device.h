@@ -177,12 +177,14 @@ int vs_device_ring_fd(struct vs_device *device);
 /* Only while no message of the ordered kind is in the pump's hands: from its handler, or without a connection. */
 int vs_device_ring_open(struct vs_device *device, int mode, bool nowait);
 void vs_device_ring_nowait(struct vs_device *device, bool nowait);
+void vs_device_ring_excuse(struct vs_device *device);
 void vs_device_ring_eof(struct vs_device *device);
 void vs_device_ring_error(struct vs_device *device, int error);
 long vs_device_ring_write(struct vs_device *device, const void *data, size_t len);
 long vs_device_ring_read(struct vs_device *device, void *data, size_t len);
 /* Whether a MIG_DATA_READ waits for bytes that are not there. */
 bool vs_device_ring_wanted(struct vs_device *device);
+size_t vs_device_ring_used(struct vs_device *device);
 uint64_t vs_device_ring_total(struct vs_device *device);
 
 /* Takes the socket over and starts the pump's thread. */

@@ -62,6 +62,12 @@ vs_device_ring_nowait(struct vs_device *device, bool nowait)
 }
 
 void
+vs_device_ring_excuse(struct vs_device *device)
+{
+    vs_ring_excuse(&device->ring);
+}
+
+void
 vs_device_ring_eof(struct vs_device *device)
 {
     vs_ring_set_eof(&device->ring);
@@ -89,6 +95,12 @@ bool
 vs_device_ring_wanted(struct vs_device *device)
 {
     return atomic_load(&device->data_wanted);
+}
+
+size_t
+vs_device_ring_used(struct vs_device *device)
+{
+    return vs_ring_used(&device->ring);
 }
 
 uint64_t

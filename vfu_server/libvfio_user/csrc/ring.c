@@ -53,6 +53,7 @@ vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait)
     ring->eof = false;
     ring->error = 0;
     ring->nowait = nowait;
+    ring->excuse = false;
     tell_python(ring);
     vs_signal_fd(ring->pump_fd);
     pthread_mutex_unlock(&ring->lock);
@@ -64,6 +65,16 @@ vs_ring_set_nowait(struct vs_ring *ring, bool nowait)
 {
     pthread_mutex_lock(&ring->lock);
     ring->nowait = nowait;
+    ring->excuse = false;
+    vs_signal_fd(ring->pump_fd);
+    pthread_mutex_unlock(&ring->lock);
+}
+
+void
+vs_ring_excuse(struct vs_ring *ring)
+{
+    pthread_mutex_lock(&ring->lock);
+    ring->excuse = true;
     vs_signal_fd(ring->pump_fd);
     pthread_mutex_unlock(&ring->lock);
 }
@@ -197,7 +208,8 @@ vs_ring_peek(struct vs_ring *ring, struct iovec iov[2], size_t len)
     } else if (ring->eof) {
         ret = 0;
     } else {
-        ret = ring->nowait ? -ENOMSG : -EAGAIN;
+        ret = ring->nowait || ring->excuse ? -ENOMSG : -EAGAIN;
+        ring->excuse = false;
     }
     pthread_mutex_unlock(&ring->lock);
     return ret;

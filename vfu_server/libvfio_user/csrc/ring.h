@@ -25,7 +25,8 @@ struct vs_ring {
     size_t size, head, used;    /* head: where reading goes on */
     enum vs_ring_mode mode;
     bool eof;                   /* the writer has said that this was all */
-    bool nowait;                /* an empty ring is answered at once (PRE_COPY) */
+    bool nowait;                /* an empty ring is answered at once: nothing for now (PRE_COPY) */
+    bool excuse;                /* the same, for one read */
     int error;                  /* errno for everything from now on, 0: none */
     bool python_waits;
     int python_fd;              /* eventfd that trio waits on */
@@ -38,6 +39,8 @@ void vs_ring_fini(struct vs_ring *ring);
 /* Empties the ring and begins a new session in `mode`. */
 int vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait);
 void vs_ring_set_nowait(struct vs_ring *ring, bool nowait);
+/* The next read that finds the ring empty is told that there is nothing for now. */
+void vs_ring_excuse(struct vs_ring *ring);
 void vs_ring_set_eof(struct vs_ring *ring);
 void vs_ring_set_error(struct vs_ring *ring, int error);
 /* As much as fits; 0: full (then python_fd is signalled when there is room). Negative errno: over. */
