@@ -1,6 +1,6 @@
 """Debian's QEMU as the client of `vfu-server --model edu`, its qtest channel as the guest's processor.
 
-A message-signalled interrupt is aimed at guest memory, where it can be read; the pin is seen in the interrupt controller.
+A message-signalled interrupt is aimed at guest memory, where it can be read; the pin is seen in the old controller.
 """
 
 import json

@@ -60,9 +60,7 @@ def _check_tools() -> None:
         done = subprocess.run(["gcc", "-E", "-xc", "-"], input=asked, capture_output=True, text=True, check=False)
         missing = [header for header in HEADERS if f"{header}: No such file" in done.stderr]
     if missing:
-        raise RootError(
-            f"compiling the kernel needs {', '.join(missing)} (to install them: tools/system-packages vm)"
-        )
+        raise RootError(f"compiling the kernel needs {', '.join(missing)} (to install them: tools/system-packages vm)")
 
 
 def _run(command: list[str], folder: Path, log: Path) -> None:
