@@ -1,5 +1,6 @@
 """Fixtures of the protocol tests."""
 
+import gc
 import os
 import select
 import tempfile
@@ -15,6 +16,12 @@ from tests.server.programs import Server
 from vfu_server.testing import Client, Guest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_forgotten():
+    """What earlier modules forgot to close is gone before fds are counted."""
+    gc.collect()
+
+
 @pytest.fixture
 def served():
     """A device whose fds are all back at the end."""
@@ -22,7 +29,7 @@ def served():
     served = Served()
     yield served
     served.close()
-    assert open_files() == before
+    assert open_files().items() <= before.items()
     assert not served.faults
 
 

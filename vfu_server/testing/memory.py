@@ -38,9 +38,10 @@ class GuestMemory:
     """
 
     def __init__(self, name: str = "guest-memory") -> None:
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
         self._size = 0
         self._blocks: dict[Block, mmap.mmap] = {}
+        self.fd = -1
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
 
     @classmethod
     def of(cls, size: int, iova: int = 0) -> Self:
@@ -106,13 +107,16 @@ class GuestMemory:
             other.write(iova, self.read(iova, length))
 
     def close(self) -> None:
-        """Give the memory back. Idempotent."""
+        """Give the memory back. Idempotent; done at the latest when the object is forgotten."""
         for memory in self._blocks.values():
             memory.close()
         self._blocks.clear()
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Self:
         return self
