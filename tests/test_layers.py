@@ -12,7 +12,7 @@ PACKAGE = "vfu_server"
 # High to low. A name stands for the module and all below it, and the longest match counts. A new module is added here.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "demo", "__main__"),
-    ("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "capabilities", "exit_codes"),
+    ("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "capabilities", "exit_codes", "doctor"),
     ("session", "model_server", "testing"),
     ("migration", "feature", "dma", "irq", "region"),
     ("libvfio_user", "host"),

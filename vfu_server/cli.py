@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from vfu_server import cli_parser, logs
@@ -39,16 +39,31 @@ def run(argv: list[str]) -> ExitCode:
 
         cli_print.print_capabilities()
         return ExitCode.CLEAN
+    if argv[:1] == ["doctor"]:
+        from vfu_server import cli_doctor
+
+        logs.configure("warning", "text")
+        return _guarded(lambda: cli_doctor.run(argv[1:]), "text")
     arguments = cli_parser.build().parse_args(argv)
-    logs.configure(arguments.log_level or "info", arguments.log_format or "text")
+    form = arguments.log_format or "text"
+    logs.configure(arguments.log_level or "info", form)
+    return _guarded(lambda: _act(arguments), form)
+
+
+def _act(arguments: "argparse.Namespace") -> ExitCode:
+    if arguments.list_plugins or arguments.show_policy or arguments.version:
+        return _inform(arguments)
+    if arguments.format:
+        raise UsageError("--format goes with --show-policy or --list-plugins")
+    return _serve(arguments)
+
+
+def _guarded(act: Callable[[], ExitCode], form: str) -> ExitCode:
+    """What `act` ends with; a fault becomes a message and its exit code."""
     try:
-        if arguments.list_plugins or arguments.show_policy or arguments.version:
-            return _inform(arguments)
-        if arguments.format:
-            raise UsageError("--format goes with --show-policy or --list-plugins")
-        return _serve(arguments)
+        return act()
     except VfuServerError as error:
-        return _report(error, arguments.log_format or "text")
+        return _report(error, form)
     except BrokenPipeError:  # of standard output: whoever read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitCode.CLEAN

@@ -172,9 +172,11 @@ def check_permission(kernel: Kernel, function: Function) -> Finding:
         return Finding(name, Status.OK, f"{' and '.join(nodes_of(way, function))} can be opened ({way.value})")
     found = ways(kernel, function)
     if not found:
-        wanted = nodes_of(Way.GROUP, function)
-        missing = [node for node in wanted if not kernel.path(node).exists()]
-        text = f"{' and '.join(missing)} is missing: the function is not bound, or this container was not given it"
+        if not function.on_vfio or function.group < 0:
+            text = "there is no device node to open: the function is not bound to a VFIO driver"
+            return Finding(name, Status.FAIL, text, errno=errno.ENOENT)
+        missing = [node for node in nodes_of(Way.GROUP, function) if not kernel.path(node).exists()]
+        text = f"missing: {' and '.join(missing)}; a container has to be given the nodes"
         return Finding(name, Status.FAIL, text, ("modprobe vfio-pci",), errno.ENOENT)
     denied = [node for node in nodes_of(found[0], function) if not kernel.may_use(kernel.path(node))]
     user = _user_name()
@@ -234,7 +236,7 @@ def _lines(sysfs: Sysfs, path: str) -> list[str]:
         return []
 
 
-def check_map_limit(sysfs: Sysfs, way: Way) -> Finding:
+def check_map_limit(sysfs: Sysfs, way: Way | None) -> Finding:
     """How many maps the IOMMU interface keeps; a guest with a vIOMMU makes one for each page."""
     name = "map-limit"
     if way is Way.CDEV:
@@ -254,18 +256,20 @@ def check_interrupts(sysfs: Sysfs) -> Finding:
         m for m in ("vfio_iommu_type1", "iommufd") if sysfs.module_parameter(m, "allow_unsafe_interrupts") == "Y"
     ]
     if not modules:
-        return Finding(name, Status.OK, "interrupt messages are isolated, or the function is not opened")
+        return Finding(name, Status.OK, "the kernel insists on isolated interrupt messages")
     text = "allow_unsafe_interrupts is set: a guest can send any interrupt to this machine"
     cure = tuple(f"echo N > /sys/module/{module}/parameters/allow_unsafe_interrupts" for module in modules)
     return Finding(name, Status.WARN, text, cure)
 
 
-def check_kernel(sysfs: Sysfs, way: Way) -> Finding:
+def check_kernel(sysfs: Sysfs, way: Way | None) -> Finding:
     """What the kernel was built with, where it makes a difference."""
     name = "kernel"
     release = sysfs.kernel_release()
+    if way is None:
+        return Finding(name, Status.OK, f"Linux {release}")
     if way is Way.CDEV:
-        return Finding(name, Status.OK, f"Linux {release}, iommufd and VFIO device nodes")
+        return Finding(name, Status.OK, f"Linux {release}, with iommufd and VFIO device nodes")
     options = sysfs.kernel_options()
     missing = [
         option for option in ("CONFIG_IOMMUFD", "CONFIG_VFIO_DEVICE_CDEV") if options.get(option) not in ("y", "m")

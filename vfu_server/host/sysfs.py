@@ -65,11 +65,9 @@ class Sysfs:
         """What there is of a function. HostError ENODEV if there is none at that address."""
         folder = self._folder(bdf)
         if not folder.is_dir():
-            raise HostError(
-                f"there is no PCI function {bdf}; `lspci -D` lists what there is, "
-                "`echo 1 > /sys/bus/pci/rescan` looks again",
-                errno.ENODEV,
-            )
+            absent = HostError(f"there is no PCI function {bdf}", errno.ENODEV)
+            absent.add_note("lspci -D, for those that there are; echo 1 > /sys/bus/pci/rescan, to look again")
+            raise absent
         return Function(
             bdf=bdf,
             vendor=self._number(folder / "vendor"),
