@@ -147,7 +147,7 @@ class Session:
 
     async def _serve(self, sock_fd: int, idle: trio.Event) -> None:
         self._clients += 1
-        self._touched = False
+        self._touched = self._messages.precopy_flags = False
         try:
             self._context.attach(sock_fd)
             async with trio.open_nursery() as nursery:
@@ -184,7 +184,8 @@ class Session:
                         self._touched = True
                         log.info("client connected")
                     case Disconnected(reason):
-                        log.info("client disconnected: %s", reason)
+                        # Whoever did not even negotiate shall not fill the log.
+                        log.log(logging.INFO if self._touched else logging.DEBUG, "client disconnected: %s", reason)
                         return
                     case Notice(text):
                         self._mistake(text)

@@ -78,7 +78,8 @@ class DmaQueueDevice(Device):
     @property
     def capabilities(self) -> Capabilities:
         """Migratable; nothing can be given early, and P2P cannot be offered (the policy says why)."""
-        return Capabilities(migratable=True, pre_copy=False, p2p=False)
+        by_registers = self.layout.profile.reset != "function"
+        return Capabilities(migratable=True, pre_copy=False, p2p=False, resets=by_registers)
 
     async def stop(self, kind: StopKind) -> None:
         """Wait until the queues are empty; the policy has closed the doorbells. DeadlineError: it goes on as before."""
