@@ -29,7 +29,7 @@ class SavePhase(enum.Enum):
     """What a save is asked for."""
 
     PRE_COPY = "pre-copy"
-    """The device runs; give what can be given early. May return when there is nothing more to give for now."""
+    """The device runs; give what can be given early. Returning means: nothing more for now."""
     STOP_COPY = "stop-copy"
     """The device is stopped; give the rest. Returning means: this was all."""
 
@@ -54,8 +54,21 @@ class Sink(Protocol):
     """
 
     async def send(self, section: Section) -> None:
-        """Put one section."""
+        """Put one section. Returned: it will arrive. Raised, also Cancelled: nothing of it will."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrecopyInfo:
+    """What a pre-copy has still to give, in bytes; what was given to the sink is not counted any more.
+
+    `initial_bytes`: of the first pass, which a destination should have before the device is stopped. `dirty_bytes`:
+    what has changed since it was given. `reinit`: a new first pass began since the last question.
+    """
+
+    initial_bytes: int = 0
+    dirty_bytes: int = 0
+    reinit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +177,22 @@ class Device(ABC):
         """Bytes that a STOP_COPY would give now; a good guess is enough. Any state."""
         return 4096
 
+    async def precopy_info(self) -> PrecopyInfo:
+        """What a PRE_COPY could give now. States PRE_COPY and PRE_COPY_P2P, also while `save` is at an await."""
+        return PrecopyInfo()
+
     @abstractmethod
     async def save(self, phase: SavePhase, sink: Sink) -> None:
         """Give the device's state to `sink`. STOP_COPY: once, the device stopped; it must be left such that `start`
-        goes on as before.
+        goes on as before. PRE_COPY: again and again, whenever `precopy_info` tells of more.
 
-        Cancelled when the client gives up; the device must then still be startable. Raises: the save fails with that
-        errno.
+        Cancelled when the client goes on or gives up; the device must then still be startable. Raises: the save fails
+        with that errno.
         """
+
+    async def save_end(self) -> None:
+        """A save session is over, whatever became of it: changes need not be followed any more."""
+        return None
 
     def check_identity(self, identity: StateIdentity) -> None:
         """Raise StreamMismatchError if state of `identity` cannot be loaded. The default asks for equality but for

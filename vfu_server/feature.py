@@ -11,6 +11,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Final
 
+from vfu_server.device import PrecopyInfo
 from vfu_server.errors import ClientError
 from vfu_server.uapi import (
     DEVICE_FEATURE,
@@ -20,6 +21,7 @@ from vfu_server.uapi import (
     FEATURE_LOGGING_REPORT,
     FEATURE_LOGGING_START,
     FEATURE_MIGRATION,
+    FEATURE_PRECOPY_INFO,
     FEATURE_PROBE,
     FEATURE_SET,
     FEATURE_STATE,
@@ -27,6 +29,7 @@ from vfu_server.uapi import (
     MIGRATION_PRE_COPY,
     NO_DATA_FD,
     PAGE_SIZE,
+    PRECOPY_INFO_REINIT,
     Feature,
     MigState,
 )
@@ -47,7 +50,8 @@ _WAYS: Final = MappingProxyType(
         Feature.DMA_LOGGING_STOP: FEATURE_SET,
         Feature.DMA_LOGGING_REPORT: FEATURE_GET,
         Feature.MIG_DATA_SIZE: FEATURE_GET,
-        Feature.MIG_PRECOPY_INFO: FEATURE_SET,
+        # GET is vfio-user's own: it takes the place of the ioctl MIG_GET_PRECOPY_INFO on the data fd
+        Feature.MIG_PRECOPY_INFO: FEATURE_GET | FEATURE_SET,
     }
 )
 
@@ -154,6 +158,8 @@ def _check_room(feature: Feature, ways: int, room: int, sent: int) -> None:
     if not ways:
         raise ClientError(f"DEVICE_FEATURE {feature.name}: neither GET nor SET nor PROBE")
     needed = _ROOM.get(feature, 0)
+    if feature is Feature.MIG_PRECOPY_INFO and ways & FEATURE_GET:
+        needed = FEATURE_PRECOPY_INFO.size
     if room < needed:
         raise ClientError(f"DEVICE_FEATURE {feature.name}: argsz leaves {room} bytes for data of {needed}")
     if ways & _SENT.get(feature, 0) and sent < needed:
@@ -182,6 +188,13 @@ def state_reply(request: FeatureRequest, state: MigState) -> bytes:
 def data_size_reply(request: FeatureRequest, stop_copy_length: int) -> bytes:
     """Answer GET MIG_DATA_SIZE: the bytes that a STOP_COPY would give now, an estimate."""
     return request.reply(FEATURE_DATA_SIZE.pack(max(0, min(stop_copy_length, ADDRESS_SPACE - 1))))
+
+
+def precopy_info_reply(request: FeatureRequest, info: PrecopyInfo, *, with_flags: bool) -> bytes:
+    """Answer GET MIG_PRECOPY_INFO. `with_flags`: the client has asked for valid flags (SET of the same feature)."""
+    flags = PRECOPY_INFO_REINIT if info.reinit and with_flags else 0
+    sizes = (max(0, min(size, ADDRESS_SPACE - 1)) for size in (info.initial_bytes, info.dirty_bytes))
+    return request.reply(FEATURE_PRECOPY_INFO.pack(FEATURE_PRECOPY_INFO.size, flags, *sizes))
 
 
 # --- DMA logging

@@ -7,6 +7,7 @@ waits: the session calls one handler at a time.
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
@@ -24,10 +25,10 @@ from vfu_server.uapi import Command, Feature, IrqIndex
 
 log = logging.getLogger(__name__)
 
-STREAM_OVERHEAD = 16 << 10
-"""Bytes that our own header, sections and sums may add to a plugin's estimate."""
+Answer = TypeVar("Answer")
 
-ESTIMATE_DEADLINE = 1.0
+QUESTION_DEADLINE = 1.0
+"""Seconds for a plugin's answer to a question that a client asks."""
 
 
 class Messages:
@@ -41,6 +42,8 @@ class Messages:
         self._migration = migration
         self._dirty = dirty
         self.armed: set[int] = set()
+        self.precopy_flags = False
+        """The present client wants the flags of MIG_PRECOPY_INFO."""
         self._memory = memory
         self._handlers: dict[Command, Callable[[Message], Awaitable[bytes]]] = {
             Command.DEVICE_SET_IRQS: self._set_irqs,
@@ -116,13 +119,22 @@ class Messages:
         if request.feature is Feature.MIGRATION:
             return feature.migration_reply(request, flags)
         if request.feature is Feature.MIG_DATA_SIZE:
-            return feature.data_size_reply(request, await self._estimate() + STREAM_OVERHEAD)
+            return feature.data_size_reply(request, await self._ask(self._migration.data_size, "estimate"))
+        if request.feature is Feature.MIG_PRECOPY_INFO:
+            return await self._precopy_info(request)
         return await self._dma_logging(request)
 
-    async def _estimate(self) -> int:
-        with trio.move_on_after(ESTIMATE_DEADLINE):
-            return await self._device.estimate()
-        raise DeadlineError(f"the plugin's estimate took longer than {ESTIMATE_DEADLINE} s")
+    async def _precopy_info(self, request: FeatureRequest) -> bytes:
+        if request.set:
+            self.precopy_flags = True
+            return request.reply()
+        info = await self._ask(self._migration.precopy_info, "precopy_info")
+        return feature.precopy_info_reply(request, info, with_flags=self.precopy_flags)
+
+    async def _ask(self, question: Callable[[], Awaitable[Answer]], name: str) -> Answer:
+        with trio.move_on_after(QUESTION_DEADLINE):
+            return await question()
+        raise DeadlineError(f"the plugin's {name} took longer than {QUESTION_DEADLINE} s")
 
     async def _dma_logging(self, request: FeatureRequest) -> bytes:
         if request.feature is Feature.DMA_LOGGING_START:

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vfu_server.device import Device, StopKind
-from vfu_server.errors import DeadlineError, HostError, PluginError, VfuServerError
+from vfu_server.device import Device, PrecopyInfo, StopKind
+from vfu_server.errors import DeadlineError, HostError, PluginError, StateError, VfuServerError
 from vfu_server.libvfio_user.context import Context
 from vfu_server.migration import Arc, Step, migration_flags, next_step, steps, undo
 from vfu_server.policy import StateClass
@@ -29,6 +29,9 @@ UNDO_DEADLINE = 0.8
 """Seconds to take the steps of a failed arc back: still below the client's 5."""
 
 RESET_DEADLINE = 3.0
+
+STREAM_OVERHEAD = 16 << 10
+"""Bytes that our own header, sections and sums may add to a plugin's estimate."""
 
 
 class Migration:
@@ -68,6 +71,16 @@ class Migration:
         except trio.TooSlowError:
             raise DeadlineError(f"the way to state {target} took longer than {ARC_DEADLINE} s") from None
         log.debug("state %s after %.1f ms", self.state.name, (trio.current_time() - began) * 1e3)
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """What a pre-copy has still to give. StateError in any other state, as the kernel's."""
+        if self.state not in (MigState.PRE_COPY, MigState.PRE_COPY_P2P):
+            raise StateError(f"MIG_PRECOPY_INFO is for PRE_COPY, the state is {self.state.name}")
+        return await self._save.precopy_info()
+
+    async def data_size(self) -> int:
+        """About how many bytes a STOP_COPY would still give now."""
+        return await self._device.estimate() + self._save.unfetched + STREAM_OVERHEAD
 
     async def _walk(self, arc: Arc) -> None:
         began = trio.current_time()

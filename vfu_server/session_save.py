@@ -7,11 +7,11 @@ ends.
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import trio
 
-from vfu_server.device import Device, SavePhase, Section
+from vfu_server.device import Device, PrecopyInfo, SavePhase, Section
 from vfu_server.errors import MigrationError, PluginError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 PADDING_AFTER = 1.0
 """Seconds that a client's read waits before a padding section answers it; the client gives up after some."""
 PADDING_BYTES = 64
+PATIENCE = 0.1
+"""Seconds that a client's read waits at most in pre-copy before it is told that there is nothing for now."""
+LOOK_AGAIN = 0.05
+"""Seconds between two looks at a plugin that had nothing more to give early."""
+END_DEADLINE = 0.5
 
 
 class Save:
@@ -38,6 +43,10 @@ class Save:
         self._writer: StreamWriter | None = None
         self._records = trio.Lock()
         self._backlog: deque[memoryview] = deque()
+        self._asked = trio.Event()
+        self._initial_end: int | None = None
+        """Place in the stream behind the first pass of a pre-copy; None while the plugin is at it."""
+        self._failure: VfuServerError | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
 
@@ -46,38 +55,79 @@ class Save:
         self._nursery = nursery
 
     async def open(self, *, pre_copy: bool) -> None:
-        """Open the session."""
+        """Open the session. Raises PluginError if the plugin's names do not fit into a stream."""
         name, version = self._who
-        header = StreamHeader(name, version, self._device.identity, self._host.identity())
+        writer = StreamWriter(StreamHeader(name, version, self._device.identity, self._host.identity()), crc32c)
+        header = writer.begin()
         self._backlog.clear()
+        self._initial_end = self._failure = None
         self._ring.open_save(pre_copy=pre_copy)
-        self._writer = StreamWriter(header, crc32c)
-        await self._ring.send(self._writer.begin())
+        self._writer = writer
+        await self._ring.send(header)
 
     async def begin_pre_copy(self) -> None:
         """Let the plugin give what it can while the device runs."""
-        self._begin(SavePhase.PRE_COPY)
+        await self._end()
+        self._ring.more_to_come()
+        self._begin(self._pre_copy, SavePhase.PRE_COPY)
 
     async def pause_pre_copy(self) -> None:
-        """Give the plugin's pre-copy an end; afterwards no coroutine of the device runs."""
+        """Give the plugin's pre-copy an end; afterwards no coroutine of the device runs.
+
+        What it has given can still be fetched. Raises MigrationError if it had failed: the device need not be stopped
+        for a stream that is lost.
+        """
         await self._end()
+        self._ring.nothing_for_now()
+        if self._failure is not None:
+            raise MigrationError(f"the pre-copy has failed: {self._failure}", self._failure.errno)
+        if self._backlog:
+            self._begin(self._flush, SavePhase.PRE_COPY)
 
     async def begin_stop_copy(self) -> None:
         """The device is stopped: give the rest."""
-        self._ring.end_pre_copy()
-        self._begin(SavePhase.STOP_COPY)
+        await self._end()
+        self._ring.more_to_come()
+        self._begin(self._stop_copy, SavePhase.STOP_COPY)
 
     async def close(self) -> None:
         """End the session. What the client did not fetch is dropped; harmless if none is open."""
         await self._end()
         if self._writer is not None:
             self._writer = None
+            self._backlog.clear()
             self._ring.close()
+            await self._tell_end()
 
-    def _begin(self, phase: SavePhase) -> None:
+    @property
+    def unfetched(self) -> int:
+        """Bytes that were given and not fetched yet."""
+        if self._writer is None:
+            return 0
+        return self._ring.used + sum(len(buffer) for buffer in self._backlog)
+
+    async def precopy_info(self) -> PrecopyInfo:
+        """The plugin's numbers and what the client has not fetched yet: of the first pass until all of that is out."""
+        info = await self._device.precopy_info()
+        self._asked.set()
+        unfetched = self.unfetched
+        if info.initial_bytes > 0:
+            self._initial_end = None
+            return PrecopyInfo(info.initial_bytes + unfetched, info.dirty_bytes, info.reinit)
+        if self._initial_end is None:
+            self._initial_end = self._given
+        initial = max(0, self._initial_end - (self._given - unfetched))
+        return PrecopyInfo(initial, info.dirty_bytes + unfetched - initial, info.reinit)
+
+    @property
+    def _given(self) -> int:
+        """Place in the stream behind all that the plugin has given."""
+        return self._ring.total + sum(len(buffer) for buffer in self._backlog)
+
+    def _begin(self, work: Callable[[], Awaitable[None]], phase: SavePhase) -> None:
         nursery = self._open_nursery()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
-        nursery.start_soon(self._run, phase, self._scope, self._ended)
+        nursery.start_soon(self._run, work, phase, self._scope, self._ended)
 
     async def _end(self) -> None:
         if self._scope is not None:
@@ -86,31 +136,67 @@ class Save:
                 await self._ended.wait()
             self._scope = None
 
-    async def _run(self, phase: SavePhase, scope: trio.CancelScope, ended: trio.Event) -> None:
+    async def _run(
+        self, work: Callable[[], Awaitable[None]], phase: SavePhase, scope: trio.CancelScope, ended: trio.Event
+    ) -> None:
         try:
             with scope:
-                await self._save(phase)
+                await work()
         except VfuServerError as error:
             log.error("saving the device's state (%s) failed: %s", phase.value, error)
-            self._ring.fail(error.errno)
+            self._fail(error)
         except Exception as error:
             log.exception("saving the device's state (%s) failed in the plugin", phase.value)
-            self._ring.fail(PluginError(repr(error)).errno)
+            self._fail(PluginError(repr(error)))
         finally:
             ended.set()
 
-    async def _save(self, phase: SavePhase) -> None:
-        if phase is SavePhase.PRE_COPY:
-            await self._device.save(phase, self)
-            return
-        began = trio.current_time()
-        padding = trio.CancelScope()
-        self._open_nursery().start_soon(self._pad, padding)
+    def _fail(self, error: VfuServerError) -> None:
+        self._failure = error
+        self._ring.fail(error.errno)
+
+    @contextlib.contextmanager
+    def _beside(self, work: Callable[[trio.CancelScope], Awaitable[None]]) -> Iterator[None]:
+        """Let `work` run until the end of the `with`."""
+        scope = trio.CancelScope()
+        self._open_nursery().start_soon(work, scope)
         try:
-            await self._put(Section("config", 1, save_config(self._host)), Origin.SERVER)
-            await self._device.save(phase, self)
+            yield
         finally:
-            padding.cancel()
+            scope.cancel()
+
+    async def _pre_copy(self) -> None:
+        """Have the plugin give, and again whenever it has more."""
+        with self._beside(self._excuse):
+            while True:
+                given = self._given
+                self._ring.more_to_come()
+                await self._device.save(SavePhase.PRE_COPY, self)
+                self._ring.nothing_for_now()
+                idle = self._given == given  # it may tell of more and give nothing: not at once again
+                while idle or not await self._has_more():
+                    idle = False
+                    with trio.move_on_after(LOOK_AGAIN):
+                        await self._asked.wait()
+                    self._asked = trio.Event()
+
+    async def _has_more(self) -> bool:
+        info = await self._device.precopy_info()
+        return info.initial_bytes > 0 or info.dirty_bytes > 0
+
+    async def _excuse(self, scope: trio.CancelScope) -> None:
+        """Tell a client that waits while the plugin is at work that there is nothing for now: it may look elsewhere."""
+        with scope:
+            while True:
+                await trio.sleep(PATIENCE)
+                if self._ring.wanted:
+                    self._ring.excuse_reader()
+
+    async def _stop_copy(self) -> None:
+        began = trio.current_time()
+        with self._beside(self._pad):
+            await self._put(Section("config", 1, save_config(self._host)), Origin.SERVER)
+            await self._device.save(SavePhase.STOP_COPY, self)
         async with self._records:
             await self._send_all((self._open_writer().end(),))
         self._ring.finish()
@@ -121,8 +207,18 @@ class Save:
         await self._put(section, Origin.PLUGIN)
 
     async def _put(self, section: Section, origin: Origin) -> None:
+        async with self._records:  # cancelled here: nothing was taken
+            try:
+                await self._send_all(self._open_writer().section(section, origin))
+            except trio.Cancelled:
+                # Taken all the same: the rest goes out with what follows. So whoever gave it need not guess; he is
+                # cancelled where he waits next.
+                return
+
+    async def _flush(self) -> None:
+        """Give what a pre-copy that was cut short has left."""
         async with self._records:
-            await self._send_all(self._open_writer().section(section, origin))
+            await self._send_all(())
 
     async def _send_all(self, buffers: Iterable[ReadableBuffer]) -> None:
         # All of a section is taken on before its first byte goes out: a pre-copy that is cancelled in the middle of one
@@ -142,6 +238,17 @@ class Save:
                 if self._ring.wanted and not self._records.locked():
                     async with self._records:
                         await self._send_all(self._open_writer().padding(PADDING_BYTES))
+
+    async def _tell_end(self) -> None:
+        """The plugin is told in any case, and whatever it does with that, the session is over."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + END_DEADLINE) as scope:
+            try:
+                await self._device.save_end()
+            except Exception as error:
+                fault = None if isinstance(error, VfuServerError) else error
+                log.error("the plugin could not end the save: %s", error, exc_info=fault)
+        if scope.cancelled_caught:
+            log.error("the plugin did not end the save within %s s", END_DEADLINE)
 
     def _open_writer(self) -> StreamWriter:
         if self._writer is None:

@@ -81,6 +81,9 @@ FEATURE_MIGRATION = struct.Struct("<Q")
 FEATURE_STATE = struct.Struct("<Ii")
 # feature MIG_DATA_SIZE: stop_copy_length in bytes
 FEATURE_DATA_SIZE = struct.Struct("<Q")
+# struct vfio_precopy_info, which vfio-user carries as the answer to GET of MIG_PRECOPY_INFO: argsz, flags,
+# initial_bytes, dirty_bytes
+FEATURE_PRECOPY_INFO = struct.Struct("<IIQQ")
 # feature DMA_LOGGING_START: page_size, num_ranges, reserved; then ranges
 FEATURE_LOGGING_START = struct.Struct("<QII")
 LOGGING_RANGE = struct.Struct("<QQ")
@@ -187,6 +190,8 @@ class MigState(enum.IntEnum):
 MIGRATION_STOP_COPY = 1
 MIGRATION_P2P = 2
 MIGRATION_PRE_COPY = 4
+
+PRECOPY_INFO_REINIT = 1
 
 # PCI config space, offsets and bits of the standard header (linux/pci_regs.h)
 PCI_VENDOR_ID = 0x00

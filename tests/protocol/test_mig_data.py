@@ -116,7 +116,7 @@ def test_a_read_that_waits_is_ended_with_the_session(served, client, end, answer
 
 def test_the_end_of_pre_copy_makes_reads_wait(served, client):
     served.context.ring.open_save(pre_copy=True)
-    served.context.ring.end_pre_copy()
+    served.context.ring.more_to_come()
     waiting = read_message(client, 100)
     assert client.read(0, REGISTERS, 4) == 0
     assert not client.has_reply(waiting)
@@ -127,7 +127,7 @@ def test_the_end_of_pre_copy_makes_reads_wait(served, client):
 def test_nothing_for_now_is_told_to_a_read_that_waits(served, client):
     ring = served.context.ring
     ring.open_save(pre_copy=True)
-    ring.end_pre_copy()
+    ring.more_to_come()
     waiting = read_message(client, 100)
     served.settle(client)
     ring.nothing_for_now()
@@ -140,7 +140,7 @@ def test_nothing_for_now_is_told_to_a_read_that_waits(served, client):
 def test_one_reader_is_excused_and_the_next_waits(served, client):
     ring = served.context.ring
     ring.open_save(pre_copy=True)
-    ring.end_pre_copy()
+    ring.more_to_come()
     waiting, behind = read_message(client, 100), read_message(client, 100)
     served.settle(client)
     ring.excuse_reader()
@@ -156,7 +156,7 @@ def test_an_excuse_is_spent_or_forgotten(served, client):
     ring = served.context.ring
     ring.open_save(pre_copy=True)
     ring.excuse_reader()
-    ring.end_pre_copy()
+    ring.more_to_come()
     waiting = read_message(client, 100)
     served.settle(client)
     assert not client.has_reply(waiting)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vfu_server.device import PrecopyInfo
 from vfu_server.errors import ClientError
 from vfu_server.feature import (
     MAX_LOGGING_RANGES,
@@ -18,6 +19,7 @@ from vfu_server.feature import (
     parse_feature,
     parse_logging_report,
     parse_logging_start,
+    precopy_info_reply,
     state_reply,
     wanted_state,
 )
@@ -27,7 +29,7 @@ GET, SET, PROBE = 0x10000, 0x20000, 0x40000
 EVERYTHING = Offer(migration_flags=7, dma_logging=True)
 NOTHING = Offer()
 
-# id: ways, bytes that argsz must leave room for; as in the kernel's header
+# id: ways, bytes that argsz must leave room for; as in the kernel's header, but for GET of 12
 TABLE = {
     1: (GET, 8),
     2: (GET | SET, 8),
@@ -35,7 +37,7 @@ TABLE = {
     7: (SET, 0),
     8: (GET, 24),
     9: (GET, 8),
-    12: (SET, 0),
+    12: (GET | SET, {GET: 24, SET: 0}),
 }
 SENT = {(2, SET): 8, (6, SET): 16, (8, GET): 24}
 
@@ -68,7 +70,7 @@ def kernel_errno(feature, ways, argsz, sent, offer):
         return errno.EINVAL
     if ways & PROBE:
         return 0
-    if not ways & (GET | SET) or argsz - 8 < needed:
+    if not ways & (GET | SET) or argsz - 8 < (needed[ways & (GET | SET)] if isinstance(needed, dict) else needed):
         return errno.EINVAL
     if sent < SENT.get((feature, ways), 0):  # on the wire the data must have come as well
         return errno.EINVAL
@@ -114,6 +116,8 @@ def test_each_way_of_each_feature(feature):
         assert parse_feature(message(feature, PROBE), EVERYTHING).probe
         assert refusal(message(feature, 0)) == errno.EINVAL
         way = GET if ways & GET else SET
+        if isinstance(room, dict):
+            room = room[way]
         if room:
             assert refusal(message(feature, way, bytes(room), 8 + room - 1)) == errno.EINVAL
         assert refusal(message(feature, way, bytes(room)), NOTHING) == (errno.EINVAL if feature == 12 else errno.ENOTTY)
@@ -135,6 +139,21 @@ def test_pre_copy_info_without_pre_copy_is_einval_as_in_the_kernel():
     assert refusal(message(12, SET), Offer(migration_flags=3)) == errno.EINVAL
     assert refusal(message(12, PROBE), Offer()) == errno.EINVAL
     assert parse_feature(message(12, SET), Offer(migration_flags=5)).reply() == message(12, SET)
+
+
+@pytest.mark.parametrize(
+    ("info", "with_flags", "flags", "sizes"),
+    [
+        (PrecopyInfo(1 << 20, 4096), True, 0, (1 << 20, 4096)),
+        (PrecopyInfo(5, 6, reinit=True), True, 1, (5, 6)),
+        (PrecopyInfo(5, 6, reinit=True), False, 0, (5, 6)),
+        (PrecopyInfo(-1, 1 << 64), False, 0, (0, (1 << 64) - 1)),
+    ],
+)
+def test_pre_copy_info_is_the_kernels_struct(info, with_flags, flags, sizes):
+    request = parse_feature(message(12, GET, room=24), EVERYTHING)
+    reply = precopy_info_reply(request, info, with_flags=with_flags)
+    assert reply == struct.pack("<IIIIQQ", 32, 12 | GET, 24, flags, *sizes)
 
 
 def test_the_documented_vectors_of_a_state_change():

@@ -35,12 +35,12 @@ class Ring:
         """End the session; what is still inside is dropped, and the buffer given back."""
         self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_CLOSED, False))
 
-    def end_pre_copy(self) -> None:
-        """From now on a reader waits for data instead of being told that there is none for now."""
+    def more_to_come(self) -> None:
+        """From now on a reader of the empty ring waits."""
         lib.vs_device_ring_nowait(self._device, False)
 
     def nothing_for_now(self) -> None:
-        """From now on a reader of the empty ring is told ENOMSG at once, one that waits, too."""
+        """From now on a reader of the empty ring is told ENOMSG at once; so is one that waits."""
         lib.vs_device_ring_nowait(self._device, True)
 
     def excuse_reader(self) -> None:
