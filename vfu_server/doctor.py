@@ -139,7 +139,7 @@ async def _opened(
         return [_refused("open", error)]
     try:
         findings = [
-            Finding("open", Status.OK, f"opened by its {host.attachment.way.value}, and reset by that"),
+            check_open(host),
             check_reset(host),
             check_interrupt_indexes(host),
             await check_kernel_migration(host, facts),
@@ -150,6 +150,12 @@ async def _opened(
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_DEADLINE):
             await host.aclose()
     return findings
+
+
+def check_open(host: KernelHost) -> Finding:
+    """It could be opened."""
+    again = ", and reset by that" if host.can_reset else ""
+    return Finding("open", Status.OK, f"opened by its {host.attachment.way.value}{again}")
 
 
 def check_reset(host: KernelHost) -> Finding:
