@@ -13,7 +13,7 @@ from plugins.generic_dmaq.bench import Bench
 from plugins.generic_dmaq.hooks import Hooks
 from plugins.generic_dmaq.layout import Layout
 from plugins.generic_dmaq.port import lent_command
-from plugins.generic_dmaq.restore import State, quiet, restore, restore_registers
+from plugins.generic_dmaq.restore import State, quiet, restore, restore_registers, write_again
 from vfu_server.device import Capabilities, Device, SavePhase, Section, Sink, StateIdentity, StopKind
 from vfu_server.errors import (
     DeadlineError,
@@ -129,6 +129,7 @@ class DmaQueueDevice(Device):
             await self.bench.wait_empty(self.drain_seconds, self.layout.profile.settle_seconds)
             identity = self._identity_registers()
             values = self.bench.port.snapshot(r.name for r in self.layout.saved)
+            write_again(self.bench, values)
             problem = self.hooks.problem(values)
             if problem:
                 raise HostError(f"{self.host.name}: its state cannot be carried: {problem}")

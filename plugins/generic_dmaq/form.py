@@ -38,12 +38,16 @@ class Interrupts:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a profile says of a register besides its place: how it is restored, compared, and read when stopped."""
+    """What a profile says of a register besides its place: how it is restored, compared, and read when stopped.
+
+    `reads_act`: a read changes the device, so it is read at saves and comparisons only, and written again behind them.
+    """
 
     restore: Transform
     verify: int
     stopped: Answer
     reason: str
+    reads_act: bool = False
 
 
 @dataclass(frozen=True, slots=True)

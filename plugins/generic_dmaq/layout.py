@@ -94,6 +94,8 @@ def _policy(profile: Profile, blocks: Mapping[int, Block], plans: Mapping[str, P
         kept = (
             "reads give the value at the stop" if plan.stopped is Answer.SHADOW else "reads give all ones when stopped"
         )
+        if plan.reads_act:
+            kept = f"a read changes the device, so {kept}"
         reason = plan.reason or f"{kept}; {STOPPED_WRITE}"
         return RuleShape(_answers(plan.stopped), _answers(Answer.DISCARD), reason)
 

@@ -93,12 +93,26 @@ def _registers(profile: Profile) -> Iterator[tuple[str, str, Register]]:
                 yield f"{array.name}.{register.name}", array.name, register
 
 
+def _read_at_any_time(profile: Profile) -> Iterator[str]:
+    """The registers, by their names in `plans`, that are read whatever the device does."""
+    yield from profile.identity
+    yield from (path.rpartition(".")[0] for path in profile.counts_from.values())
+    for table in profile.queues:
+        queue, within = table.queue, f"{table.array}." if table.array else ""
+        fields = (*queue.busy, *([queue.idle] if queue.idle else []))
+        whole = (*filter(None, (queue.head, queue.tail)), *queue.show)
+        yield from (within + name for name in (*(path.rpartition(".")[0] for path in fields), *whole))
+
+
 def _check_whole(top: Table, profile: Profile, names: tables.Names) -> None:
     """What can only be said once all tables are there."""
     if not profile.queues:
         raise top.error("", "there is no [[queue]]: nothing would be waited for")
     for array, path in profile.counts_from.items():
         names.readable_field(top, "bar", path, f"count_from of {array!r}: ")
+    for name in _read_at_any_time(profile):
+        if profile.plans[name].reads_act:
+            raise top.error("bar", f"reads of {name!r} act, so it can be no part of a queue, an identity or a count")
     for name, array, register in _registers(profile):
         if profile.reset == "registers" and register.save is not Save.NONE and register.reset is None:
             raise top.error("reset", f"register {name!r} has no reset value, so registers cannot reset it")

@@ -37,6 +37,7 @@ async def restore(bench: Bench, hooks: Hooks, state: State) -> None:
         raise RestoreError(f"{bench.host.name}: the device's memory was saved, but cannot be written here")
     await restore_registers(bench, hooks, state.values, state.values.keys())
     compare(bench, state.values)
+    write_again(bench, state.values)
 
 
 async def restore_registers(bench: Bench, hooks: Hooks, values: Mapping[str, int], names: Collection[str]) -> None:
@@ -49,6 +50,14 @@ async def restore_registers(bench: Bench, hooks: Hooks, values: Mapping[str, int
             await hooks.restore(register, values[register.name], values)
         else:
             transform.write(bench.port, register, values[register.name])
+
+
+def write_again(bench: Bench, values: Mapping[str, int]) -> None:
+    """Undo what reading `values` did to the registers whose reads act."""
+    for register in bench.layout.saved:
+        plan = bench.layout.plans[register.name]
+        if plan.reads_act and register.name in values:
+            plan.restore.write(bench.port, register, values[register.name])
 
 
 def compare(bench: Bench, values: Mapping[str, int]) -> None:

@@ -9,7 +9,7 @@ from plugins.generic_dmaq.drain import Queue
 from plugins.generic_dmaq.form import Area, Interrupts, Match, Plan, QueueTable
 from plugins.generic_dmaq.registers import MAX_BAR, BarTable, bar_from
 from plugins.generic_dmaq.toml_reader import Table
-from plugins.generic_dmaq.transforms import transform_from
+from plugins.generic_dmaq.transforms import ByHook, transform_from
 from vfu_server.policy import Answer
 from vfu_server.regmap import READABLE, WRITABLE, Register, Save
 from vfu_server.uapi import PAGE_SIZE
@@ -108,13 +108,19 @@ def plan_from(table: Table, register: Register) -> Plan:
         raise table.error("restore", f"{register.name!r} is not saved, so it is not restored")
     if register.save is Save.SAVE and register.access not in WRITABLE:
         raise table.error("save", f"{register.name!r} cannot be written: DERIVED, with a way to restore it, is meant")
-    stopped = Answer.SHADOW if register.access in READABLE else Answer.DISCARD
+    reads_act = table.flag("reads_act", False)
+    can_show = register.access in READABLE and not reads_act
+    stopped = Answer.SHADOW if can_show else Answer.DISCARD
     if table.has("stopped"):
         stopped = Answer[table.word("stopped", ("shadow", "discard")).upper()]
-        if stopped is Answer.SHADOW and register.access not in READABLE:
-            raise table.error("stopped", f"{register.name!r} is {register.access.value}: there is nothing to show")
+        if stopped is Answer.SHADOW and not can_show:
+            why = "its reads act" if reads_act else f"it is {register.access.value}"
+            raise table.error("stopped", f"{register.name!r} cannot be shown: {why}")
+    if reads_act and isinstance(restore, ByHook):
+        raise table.error("reads_act", f"{register.name!r} is restored by a hook, which cannot undo each read")
     mask = restore.mask(register)
-    plan = Plan(restore, table.integer("verify", 0, register.mask, mask), stopped, table.text("reason", ""))
+    verify = table.integer("verify", 0, register.mask, mask)
+    plan = Plan(restore, verify, stopped, table.text("reason", ""), reads_act)
     if plan.verify & ~mask:
         raise table.error("verify", f"bits {plan.verify & ~mask:#x} are not restored, so they cannot be compared")
     table.finish()

@@ -334,7 +334,10 @@ class FakeIoat(FakeHost):
     def bar_read(self, offset: int, width: int) -> int:
         index, inner = divmod(offset - 0x80, 0x80)
         if index < 0:
-            return self.global_regs.get(offset, 0) & ALL_ONES[width]
+            value = self.global_regs.get(offset, 0) & ALL_ONES[width]
+            if offset == 0x03:  # reading INTRCTRL takes the master enable, as the driver's handler knows
+                self.global_regs[offset] &= ~1
+            return value
         if index >= self.channels:
             return ALL_ONES[width]
         return self.chans[index].read(inner, width)
@@ -368,7 +371,10 @@ class FakeChannel:
     def read(self, offset: int, width: int) -> int:
         if offset == 0x08:
             return (self.last | self.state) & ALL_ONES[width]
-        return self.regs.get(offset, 0) & ALL_ONES[width]
+        value = self.regs.get(offset, 0) & ALL_ONES[width]
+        if offset == 0x00:  # whoever reads CHANCTRL first has the channel
+            self.regs[offset] |= 0x100
+        return value
 
     def write(self, offset: int, width: int, value: int) -> None:
         regs = self.regs
@@ -390,7 +396,7 @@ class FakeChannel:
             if self.finished != value and not self.host.slow:
                 self.seen = trio.current_time() + self.host.blind
         elif offset in (0x00, 0x2C) and offset not in self.host.deaf:
-            regs[offset] = value
+            regs[offset] = value & ~1 if offset == 0x00 else value
 
     def tick(self) -> None:
         if self.seen is not None and self.seen <= trio.current_time():

@@ -98,7 +98,7 @@ def test_a_channel_goes_on_where_the_guest_thinks_it_is(count: int) -> None:
         target, driver = await moved(count)
         channel = target.chans[0]
         assert (channel.state, channel.regs[0x06]) == (1, count & 0xFFFF)
-        assert (channel.regs[0x00], channel.regs[0x18], channel.regs[0x2C]) == (0x1D, COMPLETION, 0x40)
+        assert (channel.regs[0x00], channel.regs[0x18], channel.regs[0x2C]) == (0x1C, COMPLETION, 0x40)
         assert (target.global_regs[0x03], target.global_regs[0x0C]) == (0x09, 0x8123)
         assert channel.interrupts == 0
         assert channel.completions[0] >= 0x8000_0000, "the server's own memory"
@@ -201,7 +201,7 @@ def test_where_the_place_cannot_be_kept_the_channel_is_halted_and_it_is_told(
         assert re.search(said, caplog.text)
         channel = target.chans[0]
         assert (channel.state, channel.regs[0x28], channel.regs[0x06]) == (3, 0, 0)
-        assert (channel.regs[0x00], channel.regs[0x18], channel.regs[0x2C]) == (0x1D, COMPLETION, 0x40)
+        assert (channel.regs[0x00], channel.regs[0x18], channel.regs[0x2C]) == (0x1C, COMPLETION, 0x40)
         assert device.statistics()["channels_halted"] == 1
         assert (target.strays, target.lent, channel.interrupts, target.ram) == ([], None, 0, before)
 
@@ -257,16 +257,30 @@ async def test_a_register_that_does_not_take_its_value_is_named(autojump_clock: 
 
 
 @trio_test
-async def test_a_save_only_reads(autojump_clock: MockClock) -> None:
+async def test_a_save_leaves_the_source_as_it_was(autojump_clock: MockClock) -> None:
+    """Reads of INTRCTRL and CHANCTRL act: what they did is undone, and nothing else is written."""
     source, driver = await used(5)
     device = take(source)
+    before = dict(source.global_regs), dict(source.chans[0].regs)
     writes = list(source.writes)
     first = await saved(device)
+    assert source.writes[len(writes) :] == [(0x80, 0x1C), (0x100, 0), (0x03, 0x09)]
+    assert (source.global_regs, source.chans[0].regs) == before
     await device.start(StopKind.FULL)
-    assert (source.writes, await saved(device)) == (writes, first)
+    assert await saved(device) == first
+    assert (source.global_regs, source.chans[0].regs) == before
     assert sum(len(s.payload) for s in first) == await device.estimate()
     wanted = driver.kick(2)
     assert await ran(source, 2) == wanted
+
+
+@trio_test
+async def test_nobody_reads_what_acts_while_it_is_stopped(autojump_clock: MockClock) -> None:
+    policy = take(FakeIoat()).policy
+    acting = [rule for rule in policy.rules if rule.name.split(".")[-1] in ("intrctrl", "attnstatus", "chanctrl")]
+    assert len(acting) == 4
+    assert {rule.read[state] for rule in acting for state in (StateClass.STOPPED, StateClass.P2P)} == {Answer.DISCARD}
+    assert {rule.read[StateClass.RUNNING] for rule in acting} == {Answer.PASS}
 
 
 @trio_test
