@@ -429,6 +429,7 @@ static const struct vs_door_ops client_ops = {
     .map = client_map,
     .unmap = client_unmap,
     .close = client_close,
+    .by_messages = true,
 };
 
 struct vs_client *

@@ -122,7 +122,7 @@ vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t pro
         door->maps[at] = map;
         door->nr_maps++;
         atomic_fetch_add(&door->dma_bytes, size);
-        if (fd < 0) {
+        if (fd < 0 && door->ops->by_messages) {
             atomic_fetch_add(&door->fdless_maps, 1);
         }
     }
@@ -146,7 +146,7 @@ remove_maps(struct vs_door *door, size_t first, size_t last, uint64_t *unmapped)
         *unmapped += map->size;
         if (map->fd >= 0) {
             close(map->fd);
-        } else {
+        } else if (door->ops->by_messages) {
             atomic_fetch_sub(&door->fdless_maps, 1);
         }
     }

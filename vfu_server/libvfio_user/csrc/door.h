@@ -32,6 +32,7 @@ struct vs_door_ops {
     int (*map)(struct vs_door *door, struct vs_map *map);
     int (*unmap)(struct vs_door *door, struct vs_map *map);
     void (*close)(struct vs_door *door);
+    bool by_messages;           /* maps without fd are reached by messages to the client, not never */
 };
 
 struct vs_door {
@@ -40,7 +41,7 @@ struct vs_door {
     pthread_mutex_t dma_lock;   /* maps; held while the IOMMU or peer works on one */
     struct vs_map *maps;        /* sorted by iova, no overlap */
     size_t nr_maps, cap_maps, max_maps;
-    atomic_size_t fdless_maps;
+    atomic_size_t fdless_maps;  /* those that are reached by messages */
     atomic_ullong dma_bytes;
     atomic_ullong requests, errors;
 };

@@ -55,6 +55,7 @@ static const struct vs_door_ops local_ops = {
     .map = local_map,
     .unmap = local_unmap,
     .close = local_close,
+    .by_messages = true,
 };
 
 struct vs_door *

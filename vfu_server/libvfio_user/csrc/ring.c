@@ -16,6 +16,15 @@ tell_python(struct vs_ring *ring)
     }
 }
 
+static void
+tell_pump(struct vs_ring *ring)
+{
+    if (ring->pump_waits) {
+        ring->pump_waits = false;
+        vs_signal_fd(ring->pump_fd);
+    }
+}
+
 int
 vs_ring_init(struct vs_ring *ring, size_t size, int pump_fd)
 {
@@ -55,7 +64,7 @@ vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait)
     ring->nowait = nowait;
     ring->excuse = false;
     tell_python(ring);
-    vs_signal_fd(ring->pump_fd);
+    tell_pump(ring);
     pthread_mutex_unlock(&ring->lock);
     return ret;
 }
@@ -66,7 +75,7 @@ vs_ring_set_nowait(struct vs_ring *ring, bool nowait)
     pthread_mutex_lock(&ring->lock);
     ring->nowait = nowait;
     ring->excuse = false;
-    vs_signal_fd(ring->pump_fd);
+    tell_pump(ring);
     pthread_mutex_unlock(&ring->lock);
 }
 
@@ -75,7 +84,7 @@ vs_ring_excuse(struct vs_ring *ring)
 {
     pthread_mutex_lock(&ring->lock);
     ring->excuse = true;
-    vs_signal_fd(ring->pump_fd);
+    tell_pump(ring);
     pthread_mutex_unlock(&ring->lock);
 }
 
@@ -85,7 +94,7 @@ vs_ring_set_eof(struct vs_ring *ring)
     pthread_mutex_lock(&ring->lock);
     ring->eof = true;
     tell_python(ring);
-    vs_signal_fd(ring->pump_fd);
+    tell_pump(ring);
     pthread_mutex_unlock(&ring->lock);
 }
 
@@ -95,7 +104,7 @@ vs_ring_set_error(struct vs_ring *ring, int error)
     pthread_mutex_lock(&ring->lock);
     ring->error = error;
     tell_python(ring);
-    vs_signal_fd(ring->pump_fd);
+    tell_pump(ring);
     pthread_mutex_unlock(&ring->lock);
 }
 
@@ -140,7 +149,7 @@ vs_ring_write(struct vs_ring *ring, const void *data, size_t len)
         copy_in(ring, data, n, iov);
         ring->python_waits = n < len;
         if (n > 0) {
-            vs_signal_fd(ring->pump_fd);
+            tell_pump(ring);
         }
         ret = (long)n;
     }
@@ -174,7 +183,7 @@ vs_ring_read(struct vs_ring *ring, void *data, size_t len)
         consume(ring, n);
         ring->python_waits = n == 0 && !ring->eof;
         if (n > 0) {
-            vs_signal_fd(ring->pump_fd);
+            tell_pump(ring);
         }
         ret = n == 0 && ring->eof ? -ENODATA : (long)n;
     }
@@ -210,6 +219,7 @@ vs_ring_peek(struct vs_ring *ring, struct iovec iov[2], size_t len)
     } else {
         ret = ring->nowait || ring->excuse ? -ENOMSG : -EAGAIN;
         ring->excuse = false;
+        ring->pump_waits = ret == -EAGAIN;
     }
     pthread_mutex_unlock(&ring->lock);
     return ret;
@@ -240,6 +250,7 @@ vs_ring_put(struct vs_ring *ring, const void *data, size_t len)
         ret = -ring->error;
     } else if (ring->size - ring->used < len) {
         ret = -EAGAIN;
+        ring->pump_waits = true;
     } else {
         copy_in(ring, data, pieces(ring, true, iov, len), iov);
         tell_python(ring);

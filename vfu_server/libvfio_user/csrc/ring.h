@@ -2,7 +2,8 @@
  * A bounded ring of migration data between the plugin's coroutine (Python)
  * and the pump: one side writes, the other reads, either may be either.
  *
- * Whoever finds it full or empty is told through an eventfd when that changes.
+ * Whoever finds it full or empty is told through an eventfd when that changes,
+ * and nobody else: a wake-up costs as much as copying many pages.
  */
 #ifndef VS_RING_H
 #define VS_RING_H
@@ -28,7 +29,7 @@ struct vs_ring {
     bool nowait;                /* an empty ring is answered at once: nothing for now (PRE_COPY) */
     bool excuse;                /* the same, for one read */
     int error;                  /* errno for everything from now on, 0: none */
-    bool python_waits;
+    bool python_waits, pump_waits;
     int python_fd;              /* eventfd that trio waits on */
     int pump_fd;                /* eventfd that the pump polls; not owned */
     uint64_t total;             /* bytes that went through in this mode */

@@ -316,13 +316,11 @@ void
 vs_serve_python(struct vs_device *device)
 {
     struct vs_outgoing *out, *next;
-    uint64_t count;
 
     if (!device->busy && device->data_wait == NULL && device->nr_held == 0 &&
         atomic_load(&device->door->fdless_maps) == 0) {
         return; /* nothing of Python's can be here: the fast path */
     }
-    (void)!read(device->wake_fd, &count, sizeof(count));
     pthread_mutex_lock(&device->lock);
     out = device->outgoing;
     device->outgoing = NULL;

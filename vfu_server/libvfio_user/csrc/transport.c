@@ -7,6 +7,7 @@
  * of a message longer than VS_HALF_MESSAGE_MS.
  */
 #include "device.h"
+#include "eventfd.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -311,6 +312,10 @@ vs_fill(struct vs_device *device, bool may_block)
     }
     if (poll(pfds, 2, timeout) < 0 && errno != EINTR) {
         return end_connection(device, "poll failed");
+    }
+    /* Drained before anyone looks what it was for; left readable, the next poll would not wait. */
+    if (pfds[0].revents != 0) {
+        vs_drain_fd(device->wake_fd);
     }
     return (pfds[1].revents & (POLLIN | POLLHUP | POLLERR)) != 0 ? receive(device, MSG_DONTWAIT) : 0;
 }
