@@ -14,6 +14,7 @@ import pytest
 from tests.documents import TREE, anchors, blocks, commands, documents, links, messages, prose, table, text
 from vfu_server import (
     cli_arguments,
+    cli_doctor,
     cli_parser,
     config_file,
     device,
@@ -45,6 +46,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 SERVER_OPTIONS = options_of(cli_parser.build())
 MODEL_OPTIONS = options_of(program._parser()) - {"--help"}
+DOCTOR_OPTIONS = options_of(cli_doctor.build()) - {"--help"}
 
 
 # --- what operators read
@@ -53,6 +55,13 @@ MODEL_OPTIONS = options_of(program._parser()) - {"--help"}
 def test_every_option_is_in_the_table_and_the_other_way_round():
     documented = {name for row in table(RUNNING, "option") for name in re.findall(r"`(--[\w-]+)`", row[0])}
     assert documented == SERVER_OPTIONS
+
+
+def test_every_option_of_the_doctor_is_in_its_table():
+    documented = {
+        name for row in table("docs/operators/doctor.md", "option") for name in re.findall(r"`(--[\w-]+)`", row[0])
+    }
+    assert documented == DOCTOR_OPTIONS
 
 
 def test_every_option_of_a_model_is_in_its_table():
@@ -65,7 +74,7 @@ def test_every_option_of_a_model_is_in_its_table():
 @by_document
 def test_options_in_the_text_exist(path):
     named = set(re.findall(r"`(--[a-z][\w-]*)[`= ]", prose(path)))
-    assert named - SERVER_OPTIONS - MODEL_OPTIONS == set()
+    assert named - SERVER_OPTIONS - MODEL_OPTIONS - DOCTOR_OPTIONS == set()
 
 
 def test_choices_of_options_are_named():

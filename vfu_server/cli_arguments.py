@@ -65,6 +65,8 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
 def _refuse_device_options(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
     given = [f"--{source.kind.value}" for source in sources[:1]]
     given += [f"--{name}" for name in ("plugin", "option", "fd") if getattr(arguments, name)]
+    kernel = ("vf_token", "vfio_fd", "iommufd")
+    given += [f"--{name.replace('_', '-')}" for name in kernel if getattr(arguments, name) is not None]
     given += ["--socket-path"] if arguments.socket_path else []
     if given:
         raise UsageError(
@@ -91,11 +93,26 @@ def _devices(arguments: argparse.Namespace, sources: Sequence[Source], base: Dev
     names = _names(sources)
     paths = _socket_paths(arguments.socket_path, base.socket_path, names, bool(arguments.fd))
     fds = _fds(arguments.fd, len(sources))
+    base = _with_kernel_door(base, arguments, sources)
     base = replace(base, options={**base.options, **options(arguments)})
     return [
         _with_settings(replace(base, name=name, source=source, socket_path=path, fd=fd), arguments)
         for name, source, path, fd in zip(names, sources, paths, fds, strict=True)
     ]
+
+
+def _with_kernel_door(base: DeviceConfig, arguments: argparse.Namespace, sources: Sequence[Source]) -> DeviceConfig:
+    """What only one function under kernel VFIO can be given."""
+    given = {"vf_token": arguments.vf_token, "vfio_fd": arguments.vfio_fd, "iommufd": arguments.iommufd}
+    given = {name: value for name, value in given.items() if value is not None}
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if given and (len(sources) != 1 or sources[0].kind is not SourceKind.BDF):
+        raise UsageError(f"{options}: goes with exactly one --bdf; for several, use --config")
+    if ("vfio_fd" in given) != ("iommufd" in given):
+        raise UsageError(f"{options}: --vfio-fd and --iommufd go together")
+    if any(fd < 0 for fd in (arguments.vfio_fd or 0, arguments.iommufd or 0)):
+        raise UsageError(f"{options}: a negative number is no file descriptor")
+    return replace(base, **given)
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

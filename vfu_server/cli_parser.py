@@ -97,6 +97,20 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an option of the plugin (see its README); repeat it for several",
     )
+    group.add_argument(
+        "--vf-token",
+        metavar="UUID",
+        help="the token that the kernel asks for when the VF's PF is under vfio-pci, too; with one --bdf",
+    )
+    group.add_argument(
+        "--vfio-fd",
+        metavar="N",
+        type=int,
+        help="use the inherited open device node (/dev/vfio/devices/vfioN) of the one --bdf; needs --iommufd",
+    )
+    group.add_argument(
+        "--iommufd", metavar="N", type=int, help="use the inherited open /dev/iommu; goes with --vfio-fd"
+    )
     group.add_argument("--config", metavar="FILE", help="read devices and settings from a TOML file; options prevail")
 
 

@@ -40,7 +40,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """One device to serve. `fd` -1: listen at `socket_path`, or without one at systemd's socket or the default path."""
+    """One device to serve. `fd` -1: listen at `socket_path`, or without one at systemd's socket or the default path.
+
+    For a PCI function: `vf_token` the UUID that a VF of a vfio-pci PF needs; `vfio_fd` and `iommufd` what a launcher has
+    opened (both or none).
+    """
 
     name: str
     source: Source
@@ -51,6 +55,9 @@ class DeviceConfig:
     mmap: str = "plugin"
     dirty_tracking: str = "auto"
     require_migration: bool = False
+    vf_token: str = ""
+    vfio_fd: int = -1
+    iommufd: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 It must not know the command line. The form:
 
     [server]                      log-level, log-format, socket-group
-    [defaults]                    any field of a device but name, source and fd; for all devices
+    [defaults]                    any field of a device but name, source, fd and vf-token; for all devices
     [[device]]                    name, plugin, one of bdf / model / device-socket, socket-path or fd,
-                                  mmap, dirty-tracking, require-migration
+                                  mmap, dirty-tracking, require-migration, vf-token
     [device.options]              what --option gives, for this device
 """
 
@@ -50,7 +50,7 @@ _DEFAULTS = {
     "options": Field(dict),
 }
 _SOURCES = {kind.value: Field(str) for kind in SourceKind}
-_DEVICE = {"name": Field(str), "fd": Field(int), **_SOURCES, **_DEFAULTS}
+_DEVICE = {"name": Field(str), "fd": Field(int), **_SOURCES, "vf-token": Field(str), **_DEFAULTS}
 _TOP = {"server": Field(dict), "defaults": Field(dict), "device": Field(list)}
 
 
@@ -156,7 +156,10 @@ class _Reader:
             raise self.fail((*where, "fd"), "stands beside socket-path: give one of them")
         if table.get("fd", 0) < 0:
             raise self.fail((*where, "fd"), f"{table['fd']} is no file descriptor")
-        device = self._fill(where, table, replace(defaults, name=name, source=source))
+        token = table.get("vf-token", "")
+        if token and source.kind is not SourceKind.BDF:
+            raise self.fail((*where, "vf-token"), "goes with bdf")
+        device = self._fill(where, table, replace(defaults, name=name, source=source, vf_token=token))
         return replace(device, fd=table["fd"], socket_path="") if "fd" in table else device
 
     def _fill(self, where: Path_, table: Mapping[str, Any], base: DeviceConfig) -> DeviceConfig:

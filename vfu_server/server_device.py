@@ -107,7 +107,7 @@ class ServedDevice:
             self._model = await stack.enter_async_context(server_model.running(command, self.config.name))
             source = Source(SourceKind.DEVICE_SOCKET, self._model.socket_path)
         try:
-            return await open_host(source, self.config.name)
+            return await open_host(source, self.config)
         except OSError as error:
             raise HostError(f"{self.config.source} cannot be opened: {error.strerror}", error.errno) from error
 
@@ -159,15 +159,15 @@ class ServedDevice:
             logger.error("%s was cut short", what)
 
 
-async def open_host(source: Source, name: str) -> HostDevice:
+async def open_host(source: Source, config: DeviceConfig) -> HostDevice:
     """Open the door to a device. Raises HostError, UsageError."""
     if source.kind is SourceKind.BDF:
         from vfu_server.host.kernel import open_bdf
 
-        return await open_bdf(source.value)
+        return await open_bdf(source.value, vf_token=config.vf_token, vfio_fd=config.vfio_fd, iommu_fd=config.iommufd)
     from vfu_server.host.vfio_user import VfioUserHost
 
-    return await VfioUserHost.open(source.value, name)
+    return await VfioUserHost.open(source.value, config.name)
 
 
 def one_cause(error: Exception) -> Exception:
