@@ -26,6 +26,9 @@ trace_logger = logging.getLogger(f"{__name__}.trace")
 AUTO = "auto"
 """The name that stands for all plugins: their probes decide."""
 
+BY_NAME_ONLY = "VFU_SERVER_BY_NAME_ONLY"
+"""A plugin module says with this (True) that it takes devices which others know better: `auto` does not ask it."""
+
 TRACE_VARIABLE = "VFU_SERVER_TRACE_PLUGINS"
 
 
@@ -104,14 +107,17 @@ class Plugins:
         return found
 
     def select(self, name: str) -> list[Plugin]:
-        """The plugins that `--plugin NAME` means: one, or for `auto` all that are sound (warning of the others)."""
+        """The plugins that `--plugin NAME` means: one, or for `auto` all that are sound (warning of the others) and do not
+        want to be named.
+        """
         if name != AUTO:
             return [self.load(name)]
         found = self.load_all()
         for broken in found:
             if isinstance(broken, BrokenPlugin):
                 logger.warning("%s", broken.reason)
-        return [plugin for plugin in found if isinstance(plugin, Plugin)]
+        sound = [plugin for plugin in found if isinstance(plugin, Plugin)]
+        return [plugin for plugin in sound if not getattr(plugin.module, BY_NAME_ONLY, False)]
 
     def _load(self, entry: Entry) -> Plugin:
         module = _import(entry)
