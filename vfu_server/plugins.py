@@ -107,8 +107,9 @@ class Plugins:
         return found
 
     def select(self, name: str) -> list[Plugin]:
-        """The plugins that `--plugin NAME` means: one, or for `auto` all that are sound (warning of the others) and do not
-        want to be named.
+        """The plugins that `--plugin NAME` means: one, or for `auto` all but those that want to be named.
+
+        The broken ones are left out with a warning.
         """
         if name != AUTO:
             return [self.load(name)]
