@@ -12,11 +12,17 @@ PACKAGE = "vfu_server"
 # High to low. A name stands for the module and all below it, and the longest match counts. A new module is added here.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "demo", "__main__"),
-    ("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "capabilities", "exit_codes", "doctor"),
+    (
+        *("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "trace", "capabilities"),
+        *("exit_codes", "doctor"),
+    ),
     ("session", "model_server", "testing"),
     ("migration", "feature", "dma", "irq", "region"),
     ("libvfio_user", "host"),
-    ("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "crc32c", "model", "pciconfig"),
+    (
+        *("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "crc32c", "model"),
+        *("pciconfig", "trace_format"),
+    ),
     ("uapi", "errors"),
 )
 ROW_OF = {entry: number for number, row in enumerate(ROWS) for entry in row}

@@ -93,7 +93,7 @@ def policy():
 class Served:
     """The device, its Context and door; `connect` gives clients."""
 
-    def __init__(self, *, max_maps=65535):
+    def __init__(self, *, max_maps=65535, trace=None):
         self.registers = Registers()
         self.door = LocalMemory(max_maps)
         self.bar0 = os.memfd_create("bar0", os.MFD_CLOEXEC)
@@ -124,6 +124,7 @@ class Served:
             door=self.door,
             traps=self.registers,
             flr=[(FLR_BYTE, FLR_BIT)],
+            trace=trace,
         )
         self._poll.register(self.context.fileno(), select.POLLIN)
 

@@ -73,6 +73,19 @@ struct vs_kept_write {
     uint32_t region, width;
 };
 
+/* trace.h */
+#define VS_TRACE_RESET ...
+struct vs_trace_numbers {
+    uint64_t written, lost, bytes;
+    int error;
+};
+struct vs_trace;
+struct vs_trace *vs_trace_open(int fd);
+void vs_trace_close(struct vs_trace *trace, struct vs_trace_numbers *numbers);
+void vs_trace_mark(struct vs_trace *trace, unsigned kind);
+void vs_trace_numbers(struct vs_trace *trace, struct vs_trace_numbers *numbers);
+int vs_trace_fileno(struct vs_trace *trace);
+
 /* ring.h */
 #define VS_RING_CLOSED ...
 #define VS_RING_SAVE ...
@@ -112,6 +125,7 @@ void vs_device_dma_to_python(struct vs_device *device, bool up);
 int vs_device_add_rule(struct vs_device *device, unsigned region, const struct vs_rule *rule);
 int vs_device_switch(struct vs_device *device, unsigned state_class);
 size_t vs_device_take_kept(struct vs_device *device, struct vs_kept_write *kept, size_t max);
+void vs_device_set_trace(struct vs_device *device, struct vs_trace *trace);
 void vs_device_counts(struct vs_device *device, struct vs_counters *counters, uint64_t accesses[60]);
 void vs_close_socket(int sock);
 int vs_device_attach(struct vs_device *device, int sock);

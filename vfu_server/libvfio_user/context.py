@@ -17,6 +17,7 @@ from vfu_server.host_device import IrqInfo, RegionInfo
 from vfu_server.libvfio_user.door import NativeDoor
 from vfu_server.libvfio_user.native import check, ffi, lib
 from vfu_server.libvfio_user.ring import Ring
+from vfu_server.libvfio_user.trace import Trace
 from vfu_server.policy import NUM_ANSWERS, NUM_CLASSES, Answer, StateClass
 from vfu_server.uapi import MAX_DATA_XFER_SIZE, Command, HeaderFlag
 
@@ -140,7 +141,8 @@ class Context:
     """A device and the native thread that serves its client.
 
     `regions` carry the areas that may be mapped (already cut down to the operator's `--mmap`); `rules` come from
-    `region.compile_rules`; `flr` are (config offset, bit mask) pairs of bytes whose write resets the function.
+    `region.compile_rules`; `flr` are (config offset, bit mask) pairs of bytes whose write resets the function. `trace`
+    takes down every access; it outlives the Context.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Context:
         door: NativeDoor,
         traps: TrapTarget | None = None,
         flr: Sequence[tuple[int, int]] = (),
+        trace: Trace | None = None,
     ) -> None:
         self._traps = traps
         self._faults: deque[Fault] = deque(maxlen=64)
@@ -175,6 +178,8 @@ class Context:
             lib.vs_device_set_flr(self._device, which, offset, mask)
         for rule in rules:
             self._add_rule(rule)
+        if trace is not None:
+            lib.vs_device_set_trace(self._device, trace.pointer)
 
     def _declare_region(self, region: RegionInfo) -> None:
         check(

@@ -181,15 +181,29 @@ answer(struct vs_table *table, struct vs_rule *rule, enum vs_answer answer, unsi
     }
 }
 
+static void
+trace(struct vs_table *table, struct vs_trace_record *access, enum vs_answer kind, const void *buf, int ret)
+{
+    access->answer = (uint8_t)kind;
+    access->state_class = (uint8_t)table->state_class;
+    access->error = (uint16_t)-ret;
+    vs_trace_access(table->trace, access, ret == 0 || access->kind == VS_TRACE_WRITE ? buf : NULL);
+}
+
 int
 vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write)
 {
     struct vs_rule *rule;
+    struct vs_trace_record access;
     enum vs_answer kind = VS_REFUSE;
     int ret;
 
     if (region >= VS_NUM_REGIONS) {
         return -EINVAL;
+    }
+    if (table->trace != NULL) {
+        access = (struct vs_trace_record){ .time = vs_trace_now(), .offset = offset, .width = (uint32_t)count,
+                                           .region = (uint8_t)region, .kind = write };
     }
     pthread_mutex_lock(&table->lock);
     rule = find_rule(table, region, offset);
@@ -203,6 +217,9 @@ vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *
         ret = answer(table, rule, kind, region, offset, buf, count, write);
     }
     table->counts[kind][table->state_class][write]++;
+    if (table->trace != NULL) {
+        trace(table, &access, kind, buf, ret);
+    }
     pthread_mutex_unlock(&table->lock);
     return ret;
 }

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "door.h"
+#include "trace.h"
 
 #define VS_NUM_REGIONS 9
 #define VS_NUM_CLASSES 5
@@ -62,6 +63,7 @@ struct vs_table {
     unsigned state_class;
     struct vs_kept_write *kept;
     size_t nr_kept;
+    struct vs_trace *trace;     /* or NULL; set before the first access */
     uint64_t counts[VS_NUM_ANSWERS][VS_NUM_CLASSES][2];
 };
 

@@ -166,11 +166,13 @@ void vs_device_set_irq(struct vs_device *device, unsigned index, uint32_t count,
 void vs_device_set_flags(struct vs_device *device, uint32_t flags);
 void vs_device_set_flr(struct vs_device *device, unsigned which, int64_t offset, uint8_t mask);
 
-/* What Python reaches of the table and the ring: thin, so that cffi needs no layout of a device. */
+/* What Python reaches of the table, the ring and the trace: thin, so that cffi needs no layout of a device. */
 void vs_device_dma_to_python(struct vs_device *device, bool up);
 int vs_device_add_rule(struct vs_device *device, unsigned region, const struct vs_rule *rule);
 int vs_device_switch(struct vs_device *device, unsigned state_class);
 size_t vs_device_take_kept(struct vs_device *device, struct vs_kept_write *kept, size_t max);
+/* Before the first client; the trace is closed after the device is freed. */
+void vs_device_set_trace(struct vs_device *device, struct vs_trace *trace);
 void vs_device_counts(struct vs_device *device, struct vs_counters *counters, uint64_t accesses[60]);
 int vs_device_event_fd(struct vs_device *device);
 int vs_device_ring_fd(struct vs_device *device);

@@ -1,4 +1,4 @@
-/* What Python reaches of a device's table and ring. */
+/* What Python reaches of a device's table, ring and trace. */
 #include <string.h>
 
 #include "device.h"
@@ -25,6 +25,12 @@ size_t
 vs_device_take_kept(struct vs_device *device, struct vs_kept_write *kept, size_t max)
 {
     return vs_table_take_kept(&device->table, kept, max);
+}
+
+void
+vs_device_set_trace(struct vs_device *device, struct vs_trace *trace)
+{
+    device->table.trace = trace;
 }
 
 void
