@@ -5,11 +5,12 @@ It must not know states or messages: the migration task says when a load begins 
 """
 
 import logging
+from collections.abc import Iterator
 
 import trio
 
 from vfu_server.device import Device
-from vfu_server.errors import MigrationError, PluginError, StreamFormatError, VfuServerError
+from vfu_server.errors import DeadlineError, MigrationError, PluginError, StreamFormatError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 SERVER_SECTIONS = {"config": 1}
 """Our own sections by tag, with the newest version that is understood."""
+
+SLICE = 128 << 10
+"""Bytes that are read in one go: some milliseconds, if they are records without payload."""
 
 
 class Load:
@@ -55,20 +59,16 @@ class Load:
         """The client says that this was all: check that it was, and write the state to the device.
 
         Raises what was wrong with the stream (also when it was found long before), StreamMismatchError or RestoreError.
-        The session stays open then: the state can only be given up by a reset.
+        That is the answer from then on: the state can only be given up by a reset.
         """
+        if self._scope is None:
+            raise MigrationError("no state is being loaded")
         self._ring.finish()
         await self._ended.wait()
+        if self._error is None:
+            await self._conclude()
         if self._error is not None:
-            raise self._error
-        if not self._complete or self._config is None:
-            raise StreamFormatError(
-                "the stream has no section config" if self._complete else "the stream is not complete"
-            )
-        began = trio.current_time()
-        load_config(self._host, self._config)
-        await self._device.load_done()
-        log.info("state written to the device in %.1f ms", (trio.current_time() - began) * 1e3)
+            raise self._error.with_traceback(None)  # told again and again, it must not grow
         await self.close()
 
     async def close(self) -> None:
@@ -80,18 +80,45 @@ class Load:
             self._scope = None
             self._ring.close()
 
+    async def _conclude(self) -> None:
+        """All has come in: write it. Once only, since nobody knows what a write that failed has left."""
+        began = trio.current_time()
+        try:
+            await self._write()
+        except VfuServerError as error:
+            self._refuse(error)
+        except trio.Cancelled:
+            self._fail(DeadlineError("the state was not written to the device in time"))
+            raise
+        except Exception as error:
+            log.exception("writing the device's state failed in the plugin")
+            self._fail(PluginError(f"the plugin could not write the state: {error!r}"))
+        else:
+            log.info("state written to the device in %.1f ms", (trio.current_time() - began) * 1e3)
+
+    async def _write(self) -> None:
+        if not self._complete or self._config is None:
+            raise StreamFormatError(
+                "the stream has no section config" if self._complete else "the stream is not complete"
+            )
+        load_config(self._host, self._config)
+        await self._device.load_done()
+
     async def _run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
         try:
             with scope:
                 await self._load()
         except VfuServerError as error:
-            log.error("the state that came in was refused: %s: %s", type(error).__name__, error)
-            self._fail(error)
+            self._refuse(error)
         except Exception as error:
             log.exception("loading the device's state failed in the plugin")
             self._fail(PluginError(f"the plugin could not take the state: {error!r}"))
         finally:
             ended.set()
+
+    def _refuse(self, error: VfuServerError) -> None:
+        log.error("the state that came in was refused: %s: %s", type(error).__name__, error)
+        self._fail(error)
 
     def _fail(self, error: VfuServerError) -> None:
         self._error = error
@@ -100,8 +127,10 @@ class Load:
     async def _load(self) -> None:
         reader = StreamReader(crc32c, known=self._known)
         while (data := await self._ring.receive()) is not None:
-            for item in reader.push(data):
-                await self._take(item)
+            for piece in _slices(data):
+                for item in reader.push(piece):
+                    await self._take(item)
+                await trio.lowlevel.checkpoint()  # other devices live in this thread, and records may be many and small
         reader.finish()
         self._complete = True
 
@@ -124,3 +153,8 @@ class Load:
             self._config = item.section.payload
         else:
             await self._device.load(item.section)
+
+
+def _slices(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[at : at + SLICE] for at in range(0, len(view), SLICE))
