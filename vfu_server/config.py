@@ -40,9 +40,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """One device to serve. `fd` -1: listen at `socket_path`, or without one at systemd's socket or the default path.
+    """One device to serve. `fd` -1: listen at `socket_path`, else at systemd's socket or the default path.
 
-    For a PCI function: `vf_token` the UUID that a VF of a vfio-pci PF needs; `vfio_fd` and `iommufd` what a launcher has
+    For a PCI function: `vf_token` the UUID that a VF of a vfio-pci PF needs; `vfio_fd`, `iommufd` what a launcher has
     opened (both or none).
     """
 
