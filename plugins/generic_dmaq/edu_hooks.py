@@ -4,6 +4,7 @@ Facts from QEMU's hw/misc/edu.c (11.1), tried register by register: a command ru
 or without bit 0; the buffer is at 0x40000 in the device's own address space; a count of 0 moves nothing and is good.
 """
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
@@ -13,7 +14,7 @@ import trio
 from plugins.generic_dmaq.bench import STEP_SECONDS
 from plugins.generic_dmaq.hooks import Hooks
 from plugins.generic_dmaq.port import lent_command
-from vfu_server.errors import RestoreError
+from vfu_server.errors import HostError, RestoreError
 from vfu_server.host_device import Scratch
 from vfu_server.regmap import Register
 from vfu_server.uapi import PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER
@@ -60,8 +61,14 @@ class EduHooks(Hooks):
             if scratch is None:
                 self.bench.warn("no scratch memory for DMA: the 4 KiB buffer is not carried")
                 return None
+            # The device tells of no failed transfer, so what nobody can guess must have been overwritten.
+            unfetched = os.urandom(BUFFER_SIZE)
+            scratch.memory[:BUFFER_SIZE] = unfetched
             await self._transfer(BUFFER, scratch.iova, RUN | FROM_BUFFER)
-            return bytes(scratch.memory[:BUFFER_SIZE])
+            fetched = bytes(scratch.memory[:BUFFER_SIZE])
+            if fetched == unfetched:
+                raise HostError(f"{self.bench.host.name}: the buffer was not fetched: the device's DMA did not arrive")
+            return fetched
 
     async def can_restore_memory(self) -> bool:
         """There is scratch memory within the device's reach."""

@@ -339,6 +339,18 @@ async def test_a_transfer_that_moves_nothing_is_noticed(autojump_clock: MockCloc
 
 
 @trio_test
+async def test_a_save_whose_transfer_moves_nothing_is_noticed(autojump_clock: MockClock) -> None:
+    source = used()
+    before = dict(source.regs)
+    source.drop = True
+    device = take(source)
+    with pytest.raises(HostError, match="the buffer was not fetched"):
+        await saved(device)
+    await device.start(StopKind.FULL)
+    assert source.regs == before
+
+
+@trio_test
 async def test_a_target_that_hangs_is_given_up_in_time(autojump_clock: MockClock) -> None:
     sections = await saved(take(used()))
     target = FakeEdu()
