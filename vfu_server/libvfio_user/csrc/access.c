@@ -191,7 +191,8 @@ trace(struct vs_table *table, struct vs_trace_record *access, enum vs_answer kin
 }
 
 int
-vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write)
+vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write,
+                struct vs_outcome *outcome)
 {
     struct vs_rule *rule;
     struct vs_trace_record access;
@@ -199,6 +200,7 @@ vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *
     int ret;
 
     if (region >= VS_NUM_REGIONS) {
+        *outcome = (struct vs_outcome){ VS_REFUSE, VS_CLASS_RUNNING };
         return -EINVAL;
     }
     if (table->trace != NULL) {
@@ -216,6 +218,7 @@ vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *
         kind = answer_of(table, rule, write);
         ret = answer(table, rule, kind, region, offset, buf, count, write);
     }
+    *outcome = (struct vs_outcome){ kind, table->state_class };
     table->counts[kind][table->state_class][write]++;
     if (table->trace != NULL) {
         trace(table, &access, kind, buf, ret);

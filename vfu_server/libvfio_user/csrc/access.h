@@ -49,6 +49,11 @@ struct vs_kept_write {
 
 #define VS_MAX_KEPT 4096
 
+struct vs_outcome {
+    enum vs_answer answer;
+    unsigned state_class;
+};
+
 /* A trapped access: 0 or a negative errno. `write`: data in `buf`, else to `buf`. */
 typedef int vs_trap_fn(void *handle, bool write, unsigned region, uint64_t offset, void *buf, size_t count);
 
@@ -71,8 +76,9 @@ int vs_table_init(struct vs_table *table, struct vs_door *door, vs_trap_fn *trap
 void vs_table_fini(struct vs_table *table);
 /* Rules must come sorted by region and start, without overlap. */
 int vs_table_add(struct vs_table *table, unsigned region, const struct vs_rule *rule);
-/* 0, or a negative errno. */
-int vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write);
+/* 0, or a negative errno. `outcome`: what answered, also where it is an error. */
+int vs_table_access(struct vs_table *table, unsigned region, uint64_t offset, void *buf, size_t count, bool write,
+                    struct vs_outcome *outcome);
 /*
  * Waits for the access in flight, takes the snapshots of the ranges that are
  * shadowed in the new class, switches. An unreadable range is snapshot as all ones.

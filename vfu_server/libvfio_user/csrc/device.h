@@ -153,6 +153,7 @@ struct vs_device {
     bool negotiated;
     bool protocol_error;
     uint64_t half_since;        /* ms, 0: no half message */
+    bool refusals_told[VS_NUM_REGIONS][VS_NUM_CLASSES][2];
     char reason[160];           /* why the connection ended */
 };
 
@@ -226,6 +227,9 @@ enum vs_route vs_route(struct vs_device *device, struct vs_message *message);
 void vs_serve_python(struct vs_device *device);
 void vs_serve_held(struct vs_device *device);
 void vs_drop_held(struct vs_device *device);
+
+/* region.c: accesses */
+void vs_serve_access(struct vs_device *device, const struct vs_message *message);
 
 /* pump.c */
 void *vs_pump_main(void *device);

@@ -15,40 +15,6 @@
 #include "libvfio-user.h"
 #include "private.h"
 
-static ssize_t
-access_region(vfu_ctx_t *ctx, unsigned region, char *buf, size_t count, loff_t offset, bool write)
-{
-    struct vs_device *device = vfu_get_private(ctx);
-    int ret = vs_table_access(&device->table, region, (uint64_t)offset, buf, count, write);
-
-    if (ret < 0) {
-        errno = -ret;
-        return -1;
-    }
-    return (ssize_t)count;
-}
-
-/* The library does not say which region a callback is for: one function each. */
-#define REGION_CALLBACK(n)                                                                                            \
-    static ssize_t access_region_##n(vfu_ctx_t *ctx, char *buf, size_t count, loff_t offset, bool write)              \
-    {                                                                                                                 \
-        return access_region(ctx, n, buf, count, offset, write);                                                      \
-    }
-REGION_CALLBACK(0)
-REGION_CALLBACK(1)
-REGION_CALLBACK(2)
-REGION_CALLBACK(3)
-REGION_CALLBACK(4)
-REGION_CALLBACK(5)
-REGION_CALLBACK(6)
-REGION_CALLBACK(7)
-REGION_CALLBACK(8)
-
-static vfu_region_access_cb_t *const region_callbacks[VS_NUM_REGIONS] = {
-    access_region_0, access_region_1, access_region_2, access_region_3, access_region_4,
-    access_region_5, access_region_6, access_region_7, access_region_8,
-};
-
 static void
 log_line(vfu_ctx_t *ctx, int level, const char *text)
 {
@@ -63,8 +29,7 @@ static int
 set_up_region(vfu_ctx_t *ctx, struct vs_device *device, unsigned index)
 {
     const struct vs_region *region = &device->regions[index];
-    int flags = (int)(region->flags & 3) | (index == VFU_PCI_DEV_CFG_REGION_IDX ? VFU_REGION_FLAG_ALWAYS_CB : 0) |
-                (index < VFU_PCI_DEV_ROM_REGION_IDX ? VFU_REGION_FLAG_MEM : 0);
+    int flags = (int)(region->flags & 3) | (index < VFU_PCI_DEV_ROM_REGION_IDX ? VFU_REGION_FLAG_MEM : 0);
     struct iovec *areas = NULL;
     int ret;
 
@@ -81,7 +46,7 @@ set_up_region(vfu_ctx_t *ctx, struct vs_device *device, unsigned index)
             areas[i].iov_len = region->areas[i].size;
         }
     }
-    ret = vfu_setup_region(ctx, (int)index, region->size, region_callbacks[index], flags, areas,
+    ret = vfu_setup_region(ctx, (int)index, region->size, NULL, flags, areas,
                            (uint32_t)region->nr_areas, areas != NULL ? region->fd : -1, region->fd_offset);
     free(areas);
     return ret;
@@ -120,6 +85,7 @@ begin(struct vs_device *device)
     device->negotiated = device->protocol_error = false;
     device->half_since = 0;
     device->reason[0] = 0;
+    memset(device->refusals_told, 0, sizeof(device->refusals_told));
 }
 
 static void

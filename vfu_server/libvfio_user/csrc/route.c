@@ -430,7 +430,8 @@ vs_route(struct vs_device *device, struct vs_message *message)
     case VFIO_USER_REGION_READ:
     case VFIO_USER_REGION_WRITE:
         if (!resets_function(device, message)) {
-            return VS_TO_LIBRARY;
+            vs_serve_access(device, message);
+            return VS_DONE;
         }
         /* fallthrough */
     case VFIO_USER_DMA_MAP:
