@@ -77,14 +77,17 @@ async def test_what_the_device_wrote_is_told_once(by_cdev, function, guest):
 
 @trio_test
 async def test_pages_of_another_size(by_cdev, function, guest):
-    """The IOMMU takes whole pages of the size only: what is cut by a map's edge counts as written."""
+    """The IOMMU takes whole pages of the size only: where a map's edge cuts one, it is asked in its smallest."""
     by_cdev.hw_capabilities = 1
     host = await open_bdf(BDF, kernel=by_cdev.kernel)
     await host.dma_map(DmaMap(0, 16 * PAGE, 3, guest))
     await host.dma_map(DmaMap(17 * PAGE, 15 * PAGE, 3, guest, 16 * PAGE))
     await host.device_feature(START, WISH, len(WISH))
-    by_cdev.space_of(function).dirty |= {5 * PAGE}
-    assert await reported(host, 0, 4, 8 * PAGE) == {0, 2, 3}
+    by_cdev.space_of(function).dirty |= {5 * PAGE, 24 * PAGE}
+    assert await reported(host, 0, 4, 8 * PAGE) == {0, 3}
+    assert await reported(host, 0, 4, 8 * PAGE) == set()
+    by_cdev.space_of(function).dirty |= {17 * PAGE}
+    assert await reported(host, 0, 1, 512 * PAGE) == {0}
     await host.aclose()
 
 

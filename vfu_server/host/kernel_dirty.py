@@ -12,6 +12,7 @@ from vfu_server import uapi
 from vfu_server.host import ioctl as kernel_calls
 from vfu_server.host.ioctl import Ioctl
 from vfu_server.host_device import DmaMap
+from vfu_server.libvfio_user.bitmap import PageBitmap
 from vfu_server.uapi import Feature
 
 LOGGING = frozenset({Feature.DMA_LOGGING_START, Feature.DMA_LOGGING_STOP, Feature.DMA_LOGGING_REPORT})
@@ -21,7 +22,8 @@ WAYS = {
     Feature.DMA_LOGGING_REPORT: uapi.FEATURE_GET,
 }
 BITS = 8
-WORD = 8
+STEP = 1 << 20
+"""Bytes of bitmap that are asked for at once."""
 
 
 class IommuLog:
@@ -78,29 +80,26 @@ class IommuLog:
             raise _refused(errno.EINVAL)
         if room < -(-length // (page_size * BITS)):
             raise _refused(errno.EINVAL)
-        bitmap = bytearray(room)
+        answer = PageBitmap.of(iova, length, page_size)
         for dma_map in self._maps(iova, length):
             if dma_map.fd >= 0 and dma_map.prot & uapi.DMA_FLAG_WRITE:
-                first = max(iova, dma_map.iova)
-                last = min(iova + length, dma_map.iova + dma_map.size)
-                self._collect(bitmap, iova, first, last - first, page_size)
-        return data[: head.size] + bytes(bitmap)
+                self._collect(answer, dma_map)
+        return data[: head.size] + bytes(answer.bits[:room].ljust(room, b"\0"))
 
-    def _collect(self, bitmap: bytearray, base: int, iova: int, length: int, page_size: int) -> None:
-        """Set the bits of one mapped piece; one that is not in whole pages of that size counts as written."""
-        at, shift = divmod((iova - base) // page_size, BITS)
-        pages = -(-(iova + length - base) // page_size) - (iova - base) // page_size
-        if (iova | length) % page_size:
-            bits = (1 << pages) - 1
-        else:
-            own = bytearray(-(-pages // (WORD * BITS)) * WORD)
+    def _collect(self, answer: PageBitmap, dma_map: DmaMap) -> None:
+        """Set what was written of one map. The IOMMU takes whole mapped pages of a size: where those of the answer do
+        not fit, its smallest.
+        """
+        first = max(answer.iova, dma_map.iova) // uapi.PAGE_SIZE * uapi.PAGE_SIZE
+        last = min(answer.iova + answer.length, dma_map.iova + dma_map.size)
+        page_size = answer.page_size if not (first | last | answer.iova) % answer.page_size else uapi.PAGE_SIZE
+        step = page_size * BITS * STEP
+        for start in range(first, last, step):
+            piece = PageBitmap.of(start, min(step, last - start), page_size)
             kernel_calls.hwpt_get_dirty_bitmap(
-                self._ioctl, self._iommufd, self._page_table, iova, length, page_size, own
+                self._ioctl, self._iommufd, self._page_table, piece.iova, piece.length, page_size, piece.bits
             )
-            bits = int.from_bytes(own, "little") & ((1 << pages) - 1)
-        size = -(-(pages + shift) // BITS)
-        before = int.from_bytes(bitmap[at : at + size], "little")
-        bitmap[at : at + size] = (before | bits << shift).to_bytes(size, "little")
+            answer.merge(piece)
 
 
 def _refused(number: int) -> OSError:

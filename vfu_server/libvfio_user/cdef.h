@@ -4,6 +4,14 @@
 uint32_t vs_crc32c(uint32_t crc, const void *data, size_t len);
 uint32_t vs_crc32c_table(uint32_t crc, const void *data, size_t len);
 
+/* bitmap.h */
+struct vs_bitmap {
+    uint8_t *bits;
+    uint64_t iova, page_size, pages;
+};
+void vs_bitmap_merge(const struct vs_bitmap *to, const struct vs_bitmap *from);
+void vs_bitmap_fill(uint8_t *bits, uint64_t first, uint64_t end, int value);
+
 /* eventfd.h */
 void vs_signal_fd(int fd);
 void vs_drain_fd(int fd);
