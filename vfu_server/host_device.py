@@ -117,6 +117,8 @@ class HostDevice(Protocol):
     """VFIO_DEVICE_RESET (or its like) exists."""
     dma_by_messages: bool
     """The device's side reaches client memory without fd by DMA_READ and DMA_WRITE (`relay`); hardware never does."""
+    cannot_revoke: str
+    """Why clearing COMMAND's memory bit does not take clients' mappings away (`--revoke`); empty: it does."""
     relay: Callable[[Command, bytes], Awaitable[bytes]] | None
     """Set by the session: sends DMA_READ or DMA_WRITE to the client. For doors whose device reaches memory by messages.
     """

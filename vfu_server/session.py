@@ -7,7 +7,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,15 +16,18 @@ from vfu_server import uapi
 from vfu_server.device import Device
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice, MmapArea, RegionInfo
-from vfu_server.libvfio_user.context import Connected, Context, ContextStatistics, Disconnected, Fault, Message, Notice
-from vfu_server.region import MmapMode, compile_rules, mmap_areas
+from vfu_server.libvfio_user.context import Connected, Context, Disconnected, Fault, Message, Notice
+from vfu_server.libvfio_user.trace import Trace
+from vfu_server.region import Areas, MmapMode, compile_rules, mmap_areas
 from vfu_server.session_config import flr_bits
+from vfu_server.session_counts import Mistakes, SessionStatistics
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_load import Load
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_messages import Messages
 from vfu_server.session_migration import Migration
 from vfu_server.session_refuse import refuse_client
+from vfu_server.session_revoke import Revocation
 from vfu_server.session_save import Save
 from vfu_server.uapi import Command, MigState, RegionIndex
 
@@ -37,24 +39,15 @@ UNMAP_DEADLINE = 1.0
 """Seconds more for its memory, which is unmapped also from a device that did not come back."""
 RELEASE_DEADLINE = 0.5
 RELAY_TIMEOUT = 4.0
-MAX_MISTAKES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all'."""
+    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all', `revoke`: --revoke."""
 
     mmap: str = "plugin"
     dirty_tracking: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class SessionStatistics:
-    """Counters of a session: the pump's, and how often each kind of client mistake was made."""
-
-    context: ContextStatistics
-    mistakes: dict[str, int]
-    clients: int
+    revoke: bool = False
 
 
 class Session:
@@ -69,25 +62,34 @@ class Session:
         plugin_name: str,
         plugin_version: str,
         options: SessionOptions,
+        trace: Trace | None = None,
     ) -> None:
+        """`trace` takes down every access; it is closed by whoever opened it, after `shutdown`."""
         self._host = host
         self._device = device
-        self._mistakes: dict[str, int] = {}
+        self._trace = trace
+        self._mistakes = Mistakes()
+        self._statistics_failed = False
         self._clients = 0
         self._touched = False
         """The present client has negotiated: whatever it did since, the device needs a reset."""
         self._refused = ""
         """Why no further client is served, if the device could not be brought back."""
-        self._context = _context(name, host, device, MmapMode.parse(options.mmap))
+        mode = MmapMode.parse(options.mmap)
+        self.mapped = mmap_areas(device.policy, host.regions, mode)
+        """The areas that clients may map, by region."""
+        revocation = Revocation(host, wanted=options.revoke, mapped=bool(self.mapped))
+        self._context = _context(name, host, device, mode, self.mapped, trace)
         ring = self._context.ring
-        self._save = Save(host, device, ring, plugin_name, plugin_version)
+        self._save = Save(host, device, ring, plugin_name, plugin_version, revocation)
         self._load = Load(host, device, ring, plugin_name)
-        self._migration = Migration(device, self._context, self._save, self._load)
+        self._migration = Migration(device, self._context, self._save, self._load, revocation)
         self._memory = ClientMemory(name, host, self._context)
         self._dirty = DirtyLog(host, options.dirty_tracking)
         self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
         self._idle = trio.Event()
         self._idle.set()
+        self._revocation = revocation
         self._gone: DeviceGoneError | None = None
         self._relays = 0
         host.relay = self._relay
@@ -104,7 +106,31 @@ class Session:
 
     def statistics(self) -> SessionStatistics:
         """Counters since the session began."""
-        return SessionStatistics(self._context.statistics(), dict(self._mistakes), self._clients)
+        counts = self._migration.counts
+        return SessionStatistics(
+            context=self._context.statistics(),
+            mistakes=self._mistakes.counts(),
+            clients=self._clients,
+            state=self._migration.state,
+            arcs=counts.arcs(),
+            bytes_saved=counts.bytes_saved,
+            bytes_loaded=counts.bytes_loaded,
+            resets=counts.resets,
+            relays=self._relays,
+            host=self._host.statistics(),
+            plugin=self._plugin_statistics(),
+            trace=None if self._trace is None else self._trace.numbers(),
+        )
+
+    def _plugin_statistics(self) -> dict[str, int]:
+        try:
+            return {str(name): int(value) for name, value in self._device.statistics().items()}
+        except Exception:
+            log.log(
+                logging.DEBUG if self._statistics_failed else logging.ERROR, "the plugin's statistics", exc_info=True
+            )
+            self._statistics_failed = True
+            return {}
 
     async def run(self, accept: Callable[[], Awaitable[int]]) -> None:
         """Serve the clients that `accept` gives (connected sockets), until cancelled or `accept` raises EndOfChannel.
@@ -208,12 +234,7 @@ class Session:
 
     def _mistake(self, text: str) -> None:
         """Log a kind of mistake once, count all of them."""
-        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", text)
-        if kind not in self._mistakes and len(self._mistakes) >= MAX_MISTAKES:
-            kind = "others"
-        count = self._mistakes.get(kind, 0)
-        self._mistakes[kind] = count + 1
-        log.log(logging.DEBUG if count else logging.WARNING, "%s", text)
+        log.log(logging.WARNING if self._mistakes.note(text) else logging.DEBUG, "%s", text)
 
     async def _reclaim(self) -> None:
         """Bring the device back from a client that has gone: interrupts off, DMA stopped, memory unmapped, state
@@ -224,7 +245,7 @@ class Session:
             await self._dirty.stop()
         if self._touched and not self._gone:
             try:
-                with trio.fail_after(RECLAIM_DEADLINE):
+                with trio.fail_after(RECLAIM_DEADLINE), self._revocation.lifted():
                     await self._stop_dma()
                     await self._migration.reset()
             except (VfuServerError, trio.TooSlowError) as error:
@@ -275,9 +296,8 @@ class Session:
         return await trio.to_thread.run_sync(self._context.request, command, payload, RELAY_TIMEOUT)
 
 
-def _context(name: str, host: HostDevice, device: Device, mode: MmapMode) -> Context:
+def _context(name: str, host: HostDevice, device: Device, mode: MmapMode, areas: Areas, trace: Trace | None) -> Context:
     policy = device.policy
-    areas = mmap_areas(policy, host.regions, mode)
     sizes = {region.index: region.size for region in host.regions if region.size}
     can = device.capabilities
     resets = host.can_reset or can.resets
@@ -290,6 +310,7 @@ def _context(name: str, host: HostDevice, device: Device, mode: MmapMode) -> Con
         door=host.native,
         traps=_Traps(device),
         flr=flr_bits(host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)),
+        trace=trace,
     )
 
 

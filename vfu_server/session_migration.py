@@ -14,9 +14,11 @@ import trio
 from vfu_server.device import Device, PrecopyInfo, StopKind
 from vfu_server.errors import DeadlineError, HostError, PluginError, StateError, VfuServerError
 from vfu_server.libvfio_user.context import Context
-from vfu_server.migration import Arc, Step, migration_flags, next_step, steps, undo
+from vfu_server.migration import Arc, Step, data_session, migration_flags, next_step, steps, undo
 from vfu_server.policy import StateClass
+from vfu_server.session_counts import MigrationCounts
 from vfu_server.session_load import Load
+from vfu_server.session_revoke import Revocation
 from vfu_server.session_save import Save
 from vfu_server.uapi import MigState
 
@@ -37,8 +39,10 @@ STREAM_OVERHEAD = 16 << 10
 class Migration:
     """The migration state of one device, and what moves it. `state` is what the client is told."""
 
-    def __init__(self, device: Device, context: Context, save: Save, load: Load) -> None:
+    def __init__(self, device: Device, context: Context, save: Save, load: Load, revocation: Revocation) -> None:
         self.state = MigState.RUNNING
+        self.counts = MigrationCounts()
+        self._revocation = revocation
         self._device = device
         self._context = context
         self._save = save
@@ -66,11 +70,22 @@ class Migration:
         began = trio.current_time()
         try:
             with trio.fail_after(ARC_DEADLINE):
-                while (step := next_step(flags, self.state, target)) is not self.state:
-                    await self._walk(Arc(self.state, step))
+                if next_step(flags, self.state, target) is not self.state:
+                    await self._go(flags, target)
         except trio.TooSlowError:
             raise DeadlineError(f"the way to state {target} took longer than {ARC_DEADLINE} s") from None
         log.debug("state %s after %.1f ms", self.state.name, (trio.current_time() - began) * 1e3)
+
+    async def _go(self, flags: int, target: int) -> None:
+        with self._revocation.lifted():
+            try:
+                while (step := next_step(flags, self.state, target)) is not self.state:
+                    arc, total = Arc(self.state, step), self._context.ring.total
+                    with self.counts.timed(arc):
+                        await self._walk(arc)
+                    self.counts.data_over(arc.closes, total)
+            finally:
+                self._revocation.at_rest(self.state in (MigState.STOP, MigState.STOP_COPY))
 
     async def precopy_info(self) -> PrecopyInfo:
         """What a pre-copy has still to give. StateError in any other state, as the kernel's."""
@@ -80,7 +95,8 @@ class Migration:
 
     async def data_size(self) -> int:
         """About how many bytes a STOP_COPY would still give now."""
-        return await self._device.estimate() + self._save.unfetched + STREAM_OVERHEAD
+        with self._revocation.lifted():
+            return await self._device.estimate() + self._save.unfetched + STREAM_OVERHEAD
 
     async def _walk(self, arc: Arc) -> None:
         began = trio.current_time()
@@ -116,6 +132,12 @@ class Migration:
 
     async def reset(self) -> None:
         """Bring the device to RUNNING by a reset, from any state. On failure the state is ERROR."""
+        with self._revocation.lifted():
+            self._revocation.at_rest(False)
+            await self._reset()
+
+    async def _reset(self) -> None:
+        self.counts.data_over(data_session(self.state), self._context.ring.total)
         with trio.CancelScope(shield=True):
             await self._save.close()
             await self._load.close()
@@ -134,6 +156,8 @@ class Migration:
         except Exception as error:
             await self.fail()
             raise PluginError(f"the plugin's reset failed: {error!r}", errno.EIO) from error
+        self.counts.resets += 1
+        self._context.mark_reset()
         self.state = MigState.RUNNING
         await self.switch_class(StateClass.RUNNING)
 

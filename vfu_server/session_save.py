@@ -17,6 +17,7 @@ from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
 from vfu_server.session_config import save_config
+from vfu_server.session_revoke import Revocation
 from vfu_server.stream import Origin, ReadableBuffer, StreamHeader, StreamWriter
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,20 @@ END_DEADLINE = 0.5
 class Save:
     """The saving side of one device. Its tasks run in the nursery that `attach` names, one at a time."""
 
-    def __init__(self, host: HostDevice, device: Device, ring: Ring, plugin_name: str, plugin_version: str) -> None:
+    def __init__(
+        self,
+        host: HostDevice,
+        device: Device,
+        ring: Ring,
+        plugin_name: str,
+        plugin_version: str,
+        revocation: Revocation,
+    ) -> None:
         self._host = host
         self._device = device
         self._ring = ring
         self._who = plugin_name, plugin_version
+        self._revocation = revocation
         self._nursery: trio.Nursery | None = None
         self._writer: StreamWriter | None = None
         self._records = trio.Lock()
@@ -194,7 +204,7 @@ class Save:
 
     async def _stop_copy(self) -> None:
         began = trio.current_time()
-        with self._beside(self._pad):
+        with self._revocation.lifted(), self._beside(self._pad):
             await self._put(Section("config", 1, save_config(self._host)), Origin.SERVER)
             await self._device.save(SavePhase.STOP_COPY, self)
         async with self._records:

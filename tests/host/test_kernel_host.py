@@ -69,6 +69,7 @@ async def test_identity(fake):
     host = await open_bdf(BDF, kernel=fake.kernel)
     assert host.identity() == Identity(0x1234, 0x11E8, 0x1AF4, 0x1100, 0x10, 0xFF0000)
     assert host.name == BDF
+    assert host.cannot_revoke == ""
     await host.aclose()
 
 

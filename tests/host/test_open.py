@@ -177,6 +177,7 @@ async def test_a_token_goes_with_the_name_or_the_bind(fake, machine):
     wrong = await refused(fake, vf_token="0b4f1f6e-0000-4000-8000-000000000000")
     assert (wrong.errno, "token is missing or wrong" in str(wrong)) == (errno.EACCES, True)
     host = await open_bdf(BDF, kernel=fake.kernel, vf_token=TOKEN)
+    assert "virtual function" in host.cannot_revoke
     await host.aclose()
     with pytest.raises(UsageError, match="is no vf token"):
         await open_bdf(BDF, kernel=fake.kernel, vf_token="secret")

@@ -44,6 +44,8 @@ EVENT_WORDS = {
     IrqIndex.REQ: ("request", "the kernel wants the function back: an unbind or a removal waits until it is closed"),
 }
 
+NO_MEMORY_BIT = "a virtual function has no memory-enable bit: the kernel lets mappings fault in again at once"
+
 _open_here: set[str] = set()
 """BDFs that this process has open: a hot reset must not hit one of them by the way."""
 
@@ -110,6 +112,7 @@ class KernelHost:
         self.name = function.bdf
         self.function = function
         self.dma_by_messages = False
+        self.cannot_revoke = NO_MEMORY_BIT if function.physical_function else ""
         self.relay: Callable[[Command, bytes], Awaitable[bytes]] | None = None
         """Not used: a real function reaches memory through the IOMMU, or not at all."""
         self._kernel = kernel

@@ -48,6 +48,7 @@ class VfioUserHost:
         self.irqs: Sequence[IrqInfo] = irqs
         self.can_reset = bool(flags & uapi.DEVICE_FLAGS_RESET)
         self.dma_by_messages = True
+        self.cannot_revoke = "it is behind another server's socket: only a kernel can take mappings away"
         self.relay: Relay | None = None
         self._door = door
         self._closed = False

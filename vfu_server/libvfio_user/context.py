@@ -159,6 +159,7 @@ class Context:
         trace: Trace | None = None,
     ) -> None:
         self._traps = traps
+        self._trace = trace
         self._faults: deque[Fault] = deque(maxlen=64)
         self._handle = ffi.new_handle(self)
         self._door = door
@@ -305,6 +306,11 @@ class Context:
     def unmaps_to_python(self, up: bool) -> None:
         """While dirty pages are logged, unmaps come up as messages: their bits are collected first."""
         lib.vs_device_dma_to_python(self._device, up)
+
+    def mark_reset(self) -> None:
+        """The device was reset: a line in the trace, if there is one."""
+        if self._trace is not None:
+            self._trace.mark_reset()
 
     def statistics(self) -> ContextStatistics:
         """Counters since the Context was made."""
