@@ -54,6 +54,8 @@ class Save:
         self._records = trio.Lock()
         self._backlog: deque[memoryview] = deque()
         self._asked = trio.Event()
+        self._resting = False
+        """The plugin had nothing more to give early and will be asked again."""
         self._initial_end: int | None = None
         """Place in the stream behind the first pass of a pre-copy; None while the plugin is at it."""
         self._failure: VfuServerError | None = None
@@ -119,7 +121,9 @@ class Save:
     async def precopy_info(self) -> PrecopyInfo:
         """The plugin's numbers and what the client has not fetched yet: of the first pass until all of that is out."""
         info = await self._device.precopy_info()
-        self._asked.set()
+        if self._resting and (info.initial_bytes > 0 or info.dirty_bytes > 0):
+            self._ring.more_to_come()  # so the read that follows this answer waits for it
+            self._asked.set()
         unfetched = self.unfetched
         if info.initial_bytes > 0:
             self._initial_end = None
@@ -182,13 +186,20 @@ class Save:
                 given = self._given
                 self._ring.more_to_come()
                 await self._device.save(SavePhase.PRE_COPY, self)
+                await self._rest(idle=self._given == given)
+
+    async def _rest(self, *, idle: bool) -> None:
+        """Wait until the plugin has more. `idle`: it has just given nothing, so it is not asked again at once."""
+        self._resting = True
+        try:
+            while idle or not await self._has_more():
+                idle = False
                 self._ring.nothing_for_now()
-                idle = self._given == given  # it may tell of more and give nothing: not at once again
-                while idle or not await self._has_more():
-                    idle = False
-                    with trio.move_on_after(LOOK_AGAIN):
-                        await self._asked.wait()
-                    self._asked = trio.Event()
+                self._asked = trio.Event()
+                with trio.move_on_after(LOOK_AGAIN):
+                    await self._asked.wait()
+        finally:
+            self._resting = False
 
     async def _has_more(self) -> bool:
         info = await self._device.precopy_info()
