@@ -60,7 +60,7 @@ class Migration:
             Step.PAUSE_PRE_COPY: lambda _: save.pause_pre_copy(),
             Step.SAVE_STOP_COPY: lambda _: save.begin_stop_copy(),
             Step.CLOSE_SAVE: lambda _: save.close(),
-            Step.OPEN_LOAD: lambda _: load.open(),
+            Step.OPEN_LOAD: lambda _: self._open_load(),
             Step.FINISH_LOAD: lambda _: load.finish(),
         }
 
@@ -86,6 +86,10 @@ class Migration:
                     self.counts.data_over(arc.closes, total)
             finally:
                 self._revocation.at_rest(self.state in (MigState.STOP, MigState.STOP_COPY))
+
+    async def _open_load(self) -> None:
+        await self._load.open()
+        self._context.drop_kept_writes()  # they were for the state that is given up
 
     async def precopy_info(self) -> PrecopyInfo:
         """What a pre-copy has still to give. StateError in any other state, as the kernel's."""
