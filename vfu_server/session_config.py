@@ -68,3 +68,12 @@ def flr_bits(header: bytes) -> list[tuple[int, int]]:
             found.append((at + 4, 0x01))
         at = header[at + 1] & ~3
     return found
+
+
+def without_flr(header: bytes, offset: int, data: bytes) -> bytes:
+    """A write of config space at `offset` with the bits left out that would reset the function."""
+    kept = bytearray(data)
+    for at, mask in flr_bits(header):
+        if offset <= at < offset + len(kept):
+            kept[at - offset] &= ~mask & 0xFF
+    return bytes(kept)

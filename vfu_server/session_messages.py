@@ -18,10 +18,11 @@ from vfu_server.feature import FeatureRequest, Offer
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.context import Message
 from vfu_server.migration import migration_flags
+from vfu_server.session_config import without_flr
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_migration import Migration
-from vfu_server.uapi import Command, Feature, IrqIndex
+from vfu_server.uapi import Command, Feature, IrqIndex, RegionIndex
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,21 @@ class Messages:
 
     async def _function_level_reset(self, message: Message) -> bytes:
         log.info("function level reset by the client")
+        self._write_what_came_with_it(message.payload)
         await self._migration.reset()
         return message.payload[: uapi.REGION_ACCESS.size]
+
+    def _write_what_came_with_it(self, payload: bytes) -> None:
+        """The bits beside those of a reset: vfio-pci writes them first, and they outlast the reset.
+
+        Not where the plugin has rules of its own for config space, which this write would pass by.
+        """
+        if any(rule.region == RegionIndex.CONFIG for rule in self._device.policy.rules):
+            return
+        offset, _, count = uapi.REGION_ACCESS.unpack_from(payload)
+        data = payload[uapi.REGION_ACCESS.size :][:count]
+        header = self._host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)
+        self._host.write_block(RegionIndex.CONFIG, offset, without_flr(header, offset, data))
 
     # features
 
