@@ -2,7 +2,8 @@
 
     python -m benchmarks.ours SOCKET FILE STATE_BYTES [--busy] [--memory]
 
-The register file is passed through by the kernel door's pread and pwrite, as the peer's is. Region 0 has a range for each answer.
+The register file is passed through by the kernel door's pread and pwrite, as the peer's is. Region 0 has a range for
+each answer.
 """
 
 import argparse
