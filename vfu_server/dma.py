@@ -8,9 +8,11 @@ import enum
 import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from vfu_server.errors import ClientError
+from vfu_server.feature import MAX_LOGGING_RANGES
 from vfu_server.host_device import DmaMap, RegionInfo
 from vfu_server.uapi import (
     DMA_BITMAP,
@@ -28,6 +30,8 @@ from vfu_server.uapi import (
 )
 
 ADDRESS_SPACE: Final = 1 << 64
+NOTHING_MAPPED: Final = 1 << 32
+"""Bytes from address 0 on that are watched for a client that has no memory yet."""
 _FILE_END: Final = 1 << 63
 _NUM_BARS: Final = 6
 # Base address registers (linux/pci_regs.h): I/O, memory type and its value for 64 bits, the address.
@@ -165,6 +169,9 @@ class MapKind(enum.Enum):
     """Guest memory with a file: it goes into the IOMMU."""
     PEER = "peer"
     """Another device's BAR, or our own: accepted and not mapped; DMA to it faults in the IOMMU."""
+    P2P = "p2p"
+    """Another device's BAR, by that device's file: it goes into the IOMMU, since the operator and the plugin allow it.
+    """
     ROM = "rom"
     """Memory that nobody writes, without a file: accepted and not mapped. Nothing can get dirty in it."""
     UNREACHABLE = "unreachable"
@@ -181,7 +188,7 @@ class MapDecision:
     @property
     def into_iommu(self) -> bool:
         """The map is to be made; otherwise it is answered with success and nothing is done."""
-        return self.kind is MapKind.MEMORY
+        return self.kind in (MapKind.MEMORY, MapKind.P2P)
 
     @property
     def migratable(self) -> bool:
@@ -195,16 +202,21 @@ CURE: Final = (
 )
 
 
-def decide_map(dma_map: DmaMap, bars: Iterable[BarPlacement], *, memory_fd: bool = True) -> MapDecision:
+def decide_map(
+    dma_map: DmaMap, bars: Iterable[BarPlacement], *, memory_fd: bool = True, p2p: bool = False
+) -> MapDecision:
     """What a map on a hardware door is. `bars`: those of our own device and of its peers in this process.
 
     `memory_fd`: the fd that came (if any) is a regular file, as memfd, hugetlbfs and shared memory are. A VFIO device's
-    fd is not, and opens that whole device: it must never be mapped as memory.
+    fd is not, and opens that whole device: it must never be mapped as memory. `p2p`: it is one, and DMA between devices
+    is allowed.
     """
     where = f"DMA_MAP {dma_map.iova:#x}+{dma_map.size:#x}"
     if dma_map.fd >= 0:
         if memory_fd:
             return MapDecision(MapKind.MEMORY)
+        if p2p:
+            return MapDecision(MapKind.P2P, f"{where}: memory of another device, which this one may reach")
         return MapDecision(MapKind.PEER, f"{where}: memory of another device, accepted and not mapped")
     for bar in bars:
         if bar.start <= dma_map.iova and dma_map.iova + dma_map.size <= bar.end:
@@ -229,11 +241,18 @@ _CAUSES: Final = {
     errno.EACCES: "the client's file may not be mapped so (sealed, or opened read-only)",
     errno.EINVAL: "the IOMMU does not take it: a reserved range (such as the one for interrupts), or not in its pages",
 }
+_P2P_CAUSES: Final = {
+    errno.EFAULT: "the kernel does not give one device's memory to another: an iommufd cannot, a type1 container can "
+    "while the other device decodes its memory",
+    errno.EINVAL: "the other device's file has no memory to map there, or the IOMMU does not take the range",
+}
+_UNREACHABLE_CAUSES: Final = {errno.ENOSPC: "that many pieces of memory without a file descriptor are all we remember"}
+_CAUSES_OF: Final = {MapKind.P2P: {**_CAUSES, **_P2P_CAUSES}, MapKind.UNREACHABLE: {**_CAUSES, **_UNREACHABLE_CAUSES}}
 
 
-def explain_map_failure(dma_map: DmaMap, error: int, maps: int) -> str:
+def explain_map_failure(dma_map: DmaMap, error: int, maps: int, kind: MapKind = MapKind.MEMORY) -> str:
     """The sentence for the log when the host refused a map with errno `error`; `maps` are in place."""
-    cause = _CAUSES.get(error, "the host refused it")
+    cause = _CAUSES_OF.get(kind, _CAUSES).get(error, "the host refused it")
     name = errno.errorcode.get(error, str(error))
     return f"DMA_MAP {dma_map.iova:#x}+{dma_map.size:#x} failed with {name}, {maps} maps in place: {cause}"
 
@@ -247,27 +266,31 @@ def bitmap_bytes(length: int, page_size: int) -> int:
     return -(-pages // 64) * 8
 
 
-def all_dirty(maps: Iterable[DmaMap], iova: int, length: int, page_size: int) -> bytearray:
-    """The dirty bitmap of `[iova, iova + length)` when everything that the device may write counts as written.
+def logging_ranges(
+    ranges: Sequence[tuple[int, int]], maps: Sequence[DmaMap], page_size: int
+) -> tuple[tuple[int, int], ...]:
+    """The `(iova, length)` that a device is told to watch: those that the client named, else all that is mapped now.
 
-    Bit k of the little-endian words is the page at `iova + k * page_size`; a page that is writeable in part is dirty.
-    Costs as much as clearing and setting that memory: no step is taken for each page.
+    Ascending, in whole pages, at most `MAX_LOGGING_RANGES`: those with the smallest gaps between them become one.
     """
-    bitmap = bytearray(bitmap_bytes(length, page_size))
-    for dma_map in maps:
-        start, end = max(dma_map.iova, iova), min(dma_map.iova + dma_map.size, iova + length)
-        if dma_map.prot & DMA_FLAG_WRITE and start < end:
-            _set_bits(bitmap, (start - iova) // page_size, -(-(end - iova) // page_size))
-    return bitmap
-
-
-def _set_bits(bitmap: bytearray, first: int, last: int) -> None:
-    """Set bits `[first, last)`."""
-    head, tail = first // 8, last // 8
-    if head == tail:
-        bitmap[head] |= (1 << last % 8) - (1 << first % 8)
-        return
-    bitmap[head] |= 0xFF << first % 8 & 0xFF
-    bitmap[head + 1 : tail] = b"\xff" * (tail - head - 1)
-    if last % 8:
-        bitmap[tail] |= (1 << last % 8) - 1
+    if ranges:
+        return tuple(sorted(ranges))
+    last_end = ADDRESS_SPACE - page_size  # a range that ends with the last address is refused by the kernel
+    spans = [
+        (m.iova // page_size * page_size, min(-(-(m.iova + m.size) // page_size) * page_size, last_end)) for m in maps
+    ]
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif start < end:
+            merged.append((start, end))
+    gaps = sorted((after[0] - before[1] for before, after in pairwise(merged)), reverse=True)
+    least = gaps[MAX_LOGGING_RANGES - 1] if len(gaps) >= MAX_LOGGING_RANGES else 0
+    joined: list[tuple[int, int]] = []
+    for start, end in merged:
+        if joined and start - joined[-1][1] <= least:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return tuple((start, end - start) for start, end in joined) or ((0, NOTHING_MAPPED),)

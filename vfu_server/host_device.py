@@ -165,6 +165,10 @@ class HostDevice(Protocol):
         """Undo all maps of the client. Never fails on a device that is gone."""
         ...
 
+    async def is_peer(self, fd: int) -> bool:
+        """Whether `fd` is another open device, whose memory `dma_map` could make reachable for this one."""
+        ...
+
     async def reset(self) -> str:
         """Bring the device back to its reset state by the best means there is; returns its name. HostError if none
         worked.

@@ -26,6 +26,7 @@ from vfu_server.session_load import Load
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_messages import Messages
 from vfu_server.session_migration import Migration
+from vfu_server.session_peers import Peers, client_process
 from vfu_server.session_refuse import refuse_client
 from vfu_server.session_revoke import Revocation
 from vfu_server.session_save import Save
@@ -43,11 +44,14 @@ RELAY_TIMEOUT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all', `revoke`: --revoke."""
+    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all', `revoke` and `allow_p2p`
+    as the options of those names.
+    """
 
     mmap: str = "plugin"
     dirty_tracking: str = "auto"
     revoke: bool = False
+    allow_p2p: bool = False
 
 
 class Session:
@@ -63,8 +67,11 @@ class Session:
         plugin_version: str,
         options: SessionOptions,
         trace: Trace | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        """`trace` takes down every access; it is closed by whoever opened it, after `shutdown`."""
+        """`trace` takes down every access; it is closed by whoever opened it, after `shutdown`. `peers` is shared with
+        the other sessions of the process.
+        """
         self._host = host
         self._device = device
         self._trace = trace
@@ -84,8 +91,13 @@ class Session:
         self._save = Save(host, device, ring, plugin_name, plugin_version, revocation)
         self._load = Load(host, device, ring, plugin_name)
         self._migration = Migration(device, self._context, self._save, self._load, revocation)
-        self._memory = ClientMemory(name, host, self._context)
-        self._dirty = DirtyLog(host, options.dirty_tracking)
+        self._name = name
+        self._peers = Peers() if peers is None else peers
+        p2p = options.allow_p2p and device.capabilities.p2p
+        if options.allow_p2p and not p2p:
+            log.warning("--allow-p2p: the plugin does not say that this device can hold its DMA to others back")
+        self._memory = ClientMemory(name, host, self._context, self._peers, p2p=p2p)
+        self._dirty = DirtyLog(host, options.dirty_tracking, self._memory)
         self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
         self._idle = trio.Event()
         self._idle.set()
@@ -174,6 +186,7 @@ class Session:
     async def _serve(self, sock_fd: int, idle: trio.Event) -> None:
         self._clients += 1
         self._touched = self._messages.precopy_flags = False
+        self._peers.connect(self._name, self._host, client_process(sock_fd))
         try:
             self._context.attach(sock_fd)
             async with trio.open_nursery() as nursery:
@@ -185,6 +198,7 @@ class Session:
             self._save.attach(None)
             self._load.attach(None)
             self._context.detach()
+            self._peers.disconnect(self._name)
             with trio.CancelScope(
                 shield=True, deadline=trio.current_time() + RELEASE_DEADLINE + RECLAIM_DEADLINE + UNMAP_DEADLINE
             ):

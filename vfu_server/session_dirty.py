@@ -1,5 +1,5 @@
-"""Which guest pages the device has written, from the best source there is: the device's own DMA log, else what the
-operator allows.
+"""Which guest pages the device has written, from the best source there is: the device's side (its own DMA log, or the
+IOMMU's dirty bits that the door tells as one), else what the operator allows.
 
 It must not know messages; requests come decoded, bitmaps go out. Layouts are those of the vfio-user protocol, ranges
 and bitmaps inline.
@@ -7,24 +7,42 @@ and bitmaps inline.
 
 import errno
 import logging
+from collections.abc import Iterator, Sequence
 
 from vfu_server import uapi
-from vfu_server.dma import all_dirty
-from vfu_server.errors import ClientError, HostError
+from vfu_server.dma import logging_ranges
+from vfu_server.errors import ClientError, HostError, VfuServerError
 from vfu_server.feature import LoggingReport, LoggingStart
-from vfu_server.host_device import HostDevice
+from vfu_server.host_device import DmaMap, HostDevice
+from vfu_server.libvfio_user.bitmap import PageBitmap
+from vfu_server.session_memory import ClientMemory
+from vfu_server.session_written import WrittenPages
 from vfu_server.uapi import Feature
 
 log = logging.getLogger(__name__)
 
+STEP_PAGES = uapi.MAX_DATA_XFER_SIZE * 8
+"""Pages that the device's side is asked for at once: a bitmap of one megabyte."""
+
 
 class DirtyLog:
-    """The dirty pages of one device's client. `mode` is the operator's `--dirty-tracking`, 'auto' or 'all'."""
+    """The dirty pages of one device's client. `mode` is the operator's `--dirty-tracking`, 'auto' or 'all'.
 
-    def __init__(self, host: HostDevice, mode: str) -> None:
+    A bit that was read from the source is gone there. Until the reply that carries it is made it is kept here, so that
+    no unmap, failed report or range asked for in parts loses one. A report that fails leaves its whole range as
+    written, since the source may have forgotten what it did not tell. STOP, START and the client's end forget
+    everything: whoever begins a log takes all memory for written.
+    """
+
+    def __init__(self, host: HostDevice, mode: str, memory: ClientMemory) -> None:
         self._host = host
         self._mode = mode
+        self._memory = memory
         self._by_device = False
+        self._source_runs = False
+        self._watched: Sequence[tuple[int, int]] = ()
+        """`(iova, length)` that the source follows, ascending."""
+        self._written = WrittenPages()
         self.running = False
 
     @property
@@ -40,7 +58,7 @@ class DirtyLog:
             await self._host.device_feature(uapi.FEATURE_PROBE | uapi.FEATURE_SET | Feature.DMA_LOGGING_START)
             self._by_device = True
         except HostError as error:
-            log.debug("the device keeps no log of its DMA: %s", error)
+            log.debug("the device's side keeps no log of its DMA: %s", error)
         if not self.offered:
             log.info(
                 "dirty pages: no source, so live migration is not offered (--dirty-tracking all reports every page)"
@@ -52,30 +70,101 @@ class DirtyLog:
             raise ClientError("DMA_LOGGING_START: a log is kept already")
         page_size = start.page_size
         if self._by_device:
-            ranges = b"".join(uapi.LOGGING_RANGE.pack(*one) for one in start.ranges)
-            data = uapi.FEATURE_LOGGING_START.pack(page_size, len(start.ranges), 0) + ranges
-            reply = await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_START, data, len(data))
-            page_size = uapi.FEATURE_LOGGING_START.unpack_from(reply)[0]
+            await self._stop_source()  # that of a client whose end it has outlived
+            page_size = await self._start_source(start)
+        self._written.clear()
         self.running = True
+        self._memory.watch_unmaps(self._collect)
         return page_size
+
+    async def _start_source(self, start: LoggingStart) -> int:
+        maps = self._memory.writable(0, 1 << 64)
+        self._watched = logging_ranges(start.ranges, maps, start.page_size)
+        ranges = b"".join(uapi.LOGGING_RANGE.pack(*one) for one in self._watched)
+        data = uapi.FEATURE_LOGGING_START.pack(start.page_size, len(self._watched), 0) + ranges
+        reply = await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_START, data, len(data))
+        self._source_runs = True
+        if len(reply) < uapi.FEATURE_LOGGING_START.size:
+            raise HostError(f"DMA_LOGGING_START: {len(reply)} bytes came back, {len(data)} were due")
+        return int(uapi.FEATURE_LOGGING_START.unpack_from(reply)[0])
 
     async def stop(self) -> None:
         """Forget the log. Harmless if none is kept: the kernel's rule."""
-        if self.running and self._by_device:
-            await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP)
         self.running = False
+        self._memory.watch_unmaps(None)
+        self._written.clear()
+        await self._stop_source()
+
+    async def _stop_source(self) -> None:
+        if self._source_runs:
+            await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP)
+            self._source_runs = False
 
     async def report(self, report: LoggingReport) -> bytes:
-        """The bitmap for a range, and a clean start for it. After an error the client takes everything for dirty."""
+        """The bitmap for a range, and a clean start for it. After an error the client takes everything for dirty, and
+        so is it told if it asks again.
+        """
         if not self.running:
             raise ClientError("DMA_LOGGING_REPORT: no log is kept", errno.EINVAL)
-        if self._by_device:
-            data = uapi.FEATURE_LOGGING_REPORT.pack(report.iova, report.length, report.page_size)
-            flags = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT
-            size = len(data) + report.bitmap_size
-            reply = await self._host.device_feature(flags, data, size)
-            if len(reply) == size:
-                return reply[len(data) :]
-            raise HostError(f"DMA_LOGGING_REPORT: {len(reply)} bytes came back, {size} were asked for")
-        maps = self._host.native.dma_maps(report.iova, report.length)
-        return bytes(all_dirty(maps, report.iova, report.length, report.page_size))
+        answer = PageBitmap.of(report.iova, report.length, report.page_size)
+        try:
+            await self._read(answer, report.length)
+        except VfuServerError:
+            self._take_for_written(self._memory.writable(report.iova, report.length), report.iova, report.length)
+            raise
+        self._written.take(answer, report.length)
+        return bytes(answer.bits)
+
+    async def _collect(self, maps: Sequence[DmaMap]) -> None:
+        """Memory is about to be unmapped: keep what was written to it. Never fails: what cannot be read counts."""
+        for dma_map in maps:
+            step = STEP_PAGES * uapi.PAGE_SIZE
+            for at in range(dma_map.iova, dma_map.iova + dma_map.size, step):
+                length = min(step, dma_map.iova + dma_map.size - at)
+                written = PageBitmap.of(at, length, uapi.PAGE_SIZE)
+                try:
+                    await self._read(written, length)
+                except VfuServerError as error:
+                    log.warning("dirty pages of memory that is unmapped cannot be read, all of it counts: %s", error)
+                    self._written.add_range(at, length)
+                else:
+                    self._written.add(written)
+
+    async def _read(self, into: PageBitmap, length: int) -> None:
+        """Set what was written of the first `length` bytes. What the source does not follow counts as written."""
+        start, end = into.iova, into.iova + length
+        at = start
+        for watched, size in self._watched if self._by_device else ():
+            first, last = max(start, watched), min(end, watched + size)
+            if first < last:
+                self._fill(into, at, first)
+                await self._ask_source(into, first, last)
+                at = last
+        self._fill(into, at, end)
+
+    def _fill(self, into: PageBitmap, start: int, end: int) -> None:
+        for dma_map in self._memory.writable(start, end - start) if start < end else ():
+            first, last = max(start, dma_map.iova), min(end, dma_map.iova + dma_map.size)
+            into.fill(first, last - first)
+
+    async def _ask_source(self, into: PageBitmap, first: int, last: int) -> None:
+        """In pages of the answer where the range begins with one, else in the smallest."""
+        page_size = uapi.PAGE_SIZE if (first - into.iova) % into.page_size else into.page_size
+        for start, end in _steps(first, last, page_size * STEP_PAGES):
+            part = PageBitmap.of(start, end - start, page_size)
+            head = uapi.FEATURE_LOGGING_REPORT.pack(start, end - start, page_size)
+            flags, size = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT, len(head) + len(part.bits)
+            reply = await self._host.device_feature(flags, head, size)
+            if len(reply) != size:
+                raise HostError(f"DMA_LOGGING_REPORT: {len(reply)} bytes came back, {size} were asked for")
+            part.bits[:] = reply[len(head) :]
+            into.merge(part)
+
+    def _take_for_written(self, maps: Sequence[DmaMap], iova: int, length: int) -> None:
+        for dma_map in maps:
+            first, last = max(iova, dma_map.iova), min(iova + length, dma_map.iova + dma_map.size)
+            self._written.add_range(first, last - first)
+
+
+def _steps(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + step, last)) for at in range(first, last, step))

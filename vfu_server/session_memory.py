@@ -4,40 +4,70 @@ It must not know who the client is. What a map is, `dma` decides; here it is don
 bars migration.
 """
 
+import errno
 import logging
 import os
 import stat
+from collections.abc import Awaitable, Callable, Sequence
 
 from vfu_server import dma, uapi
 from vfu_server.dma import MapKind
 from vfu_server.errors import ClientError, HostError
 from vfu_server.host_device import DmaMap, HostDevice
 from vfu_server.libvfio_user.context import Context, Message
-from vfu_server.uapi import RegionIndex
+from vfu_server.libvfio_user.door import MAX_DMA_MAPS
+from vfu_server.session_peers import Peers
 
 log = logging.getLogger(__name__)
 
+EVERYTHING = (1 << 64) - 1
+
+Collect = Callable[[Sequence[DmaMap]], Awaitable[None]]
+"""Takes what is still to be known of maps that are about to go. Raises nothing."""
+
 
 class ClientMemory:
-    """The odd maps of one client. `unreachable` is the guest memory that the hardware can never reach, by iova."""
+    """The odd maps of one client. `unreachable` is the guest memory that the hardware can never reach, by iova.
 
-    def __init__(self, name: str, host: HostDevice, context: Context) -> None:
+    `p2p`: the operator allows, and the plugin can answer for, DMA to other devices.
+    """
+
+    def __init__(self, name: str, host: HostDevice, context: Context, peers: Peers, *, p2p: bool = False) -> None:
         self._name = name
         self._host = host
         self._context = context
+        self._peers = peers
+        self._p2p = p2p
         self._told: set[str] = set()
         self.unreachable: dict[int, int] = {}
+        self._peer_maps: dict[int, int] = {}
+        """Maps of other devices' memory that were made, by iova: their sizes."""
+        self._collect: Collect | None = None
+
+    def watch_unmaps(self, collect: Collect | None) -> None:
+        """Have `collect` called before memory is unmapped, from the next message of the client on; None: not any more.
+
+        Only from the handler of a message, or without a client: no unmap is under way then.
+        """
+        self._collect = collect
+        self._route_unmaps()
+
+    def writable(self, iova: int = 0, size: int = EVERYTHING) -> list[DmaMap]:
+        """Guest memory that touches the range and that the device may write."""
+        found = self._host.native.dma_maps(iova, min(size, EVERYTHING))
+        return [m for m in found if m.prot & uapi.DMA_FLAG_WRITE and m.iova not in self._peer_maps]
 
     async def forget(self) -> None:
         """The client has gone: unmap everything. HostError if that failed."""
-        self._set_unreachable({})
+        self._forget_odd_maps(0, EVERYTHING + 1)
         await self._host.dma_unmap_all()
 
     async def map(self, message: Message) -> bytes:
         """A DMA_MAP without fd, with an odd one, or one that C could not make."""
         fd = message.fds[0] if message.fds else -1
         wanted = dma.parse_dma_map(message.payload, fd)
-        memory_fd = fd >= 0 and stat.S_ISREG(os.fstat(fd).st_mode)
+        if message.tried:
+            raise self._failed(wanted, message.tried)
         if fd < 0 and self._host.dma_by_messages:
             await self._make(wanted)
             if wanted.prot & uapi.DMA_FLAG_WRITE:
@@ -45,43 +75,62 @@ class ClientMemory:
                     "messages", f"{_where(wanted)} came without a file descriptor: {_BY_MESSAGES}{dma.CURE}"
                 )
             return b""
-        config = self._host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)
-        bars = dma.bar_placements(self._name, config, self._host.regions)
-        decision = dma.decide_map(wanted, bars, memory_fd=memory_fd)
+        memory_fd = fd >= 0 and stat.S_ISREG(os.fstat(fd).st_mode)
+        device_fd = self._p2p and fd >= 0 and not memory_fd and await self._host.is_peer(fd)
+        bars = self._peers.bars(self._name, self._host) if fd < 0 else ()
+        decision = dma.decide_map(wanted, bars, memory_fd=memory_fd, p2p=device_fd)
         if decision.text:
             self._tell_once(decision.kind.value, decision.text)
         if decision.into_iommu:
-            await self._make(wanted)
+            await self._make(wanted, decision.kind)
         elif decision.kind is MapKind.UNREACHABLE:
-            self._set_unreachable({**self.unreachable, wanted.iova: wanted.size})
+            self._note_unreachable(wanted)
         return b""
 
-    async def _make(self, wanted: DmaMap) -> None:
+    async def _make(self, wanted: DmaMap, kind: MapKind = MapKind.MEMORY) -> None:
         try:
             await self._host.dma_map(wanted)
         except HostError as error:
-            maps = self._host.statistics().dma_maps
-            self._tell_once(f"errno {error.errno}", dma.explain_map_failure(wanted, error.errno, maps))
-            raise
+            raise self._failed(wanted, error.errno, kind) from error
+        if kind is MapKind.P2P:
+            self._peer_maps[wanted.iova] = wanted.size
+            self._route_unmaps()
+
+    def _failed(self, wanted: DmaMap, error: int, kind: MapKind = MapKind.MEMORY) -> HostError:
+        maps = self._host.statistics().dma_maps
+        return HostError(dma.explain_map_failure(wanted, error, maps, kind), error)
+
+    def _note_unreachable(self, wanted: DmaMap) -> None:
+        if len(self.unreachable) >= MAX_DMA_MAPS:
+            raise self._failed(wanted, errno.ENOSPC, MapKind.UNREACHABLE)
+        self.unreachable[wanted.iova] = max(wanted.size, self.unreachable.get(wanted.iova, 0))
+        self._route_unmaps()
 
     async def unmap(self, message: Message) -> bytes:
-        """A DMA_UNMAP while unmaps come up: something is unreachable, or a log must give its bits first."""
+        """A DMA_UNMAP while unmaps come up: a log must know first, or there are odd maps that may go."""
         wanted = dma.parse_dma_unmap(message.payload, uapi.MAX_DATA_XFER_SIZE)
         if wanted.page_size:
             raise ClientError("DMA_UNMAP with a dirty bitmap: ask by DMA_LOGGING_REPORT before the unmap")
+        iova, size = (0, EVERYTHING + 1) if wanted.everything else (wanted.iova, wanted.size)
+        if self._collect is not None:
+            inside = (m for m in self.writable(iova, size) if iova <= m.iova and m.iova + m.size <= iova + size)
+            await self._collect(tuple(inside))
         if wanted.everything:
             await self._host.dma_unmap_all()
-            self._set_unreachable({})
         else:
-            await self._host.dma_unmap(wanted.iova, wanted.size)
-            end = wanted.iova + wanted.size
-            left = {at: n for at, n in self.unreachable.items() if at < wanted.iova or at + n > end}
-            self._set_unreachable(left)
+            await self._host.dma_unmap(iova, size)
+        self._forget_odd_maps(iova, size)
         return message.payload[: uapi.DMA_UNMAP.size]
 
-    def _set_unreachable(self, unreachable: dict[int, int]) -> None:
-        self.unreachable = unreachable
-        self._context.unmaps_to_python(bool(unreachable))  # to see when it goes
+    def _forget_odd_maps(self, iova: int, size: int) -> None:
+        for odd in (self.unreachable, self._peer_maps):
+            for at in [at for at, n in odd.items() if iova <= at and at + n <= iova + size]:
+                del odd[at]
+        self._route_unmaps()
+
+    def _route_unmaps(self) -> None:
+        """C makes unmaps by itself unless somebody here has to know of them."""
+        self._context.unmaps_to_python(bool(self.unreachable or self._peer_maps or self._collect))
 
     def _tell_once(self, kind: str, text: str) -> None:
         log.log(logging.DEBUG if kind in self._told else logging.WARNING, "%s", text)

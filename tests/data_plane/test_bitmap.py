@@ -1,5 +1,7 @@
 """Bitmaps of guest pages against their plain meaning: sets of byte ranges."""
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,3 +100,20 @@ def test_bits_behind_the_last_page_are_nobodys():
     assert pages_of(to) == {0, 1, 2}
     to.merge(PageBitmap(16 * PAGE, 2 * PAGE, 3, b"\xff"))
     assert pages_of(to) == {0, 1, 2, *range(16, 22)}
+
+
+def test_a_tebibyte_costs_no_step_for_each_page():
+    """A step for each page, at 50 ns, would take 13 s."""
+    began = time.process_time()
+    one = PageBitmap.of(0, 1 << 40, PAGE)
+    one.fill(0, 1 << 40)
+    assert one.bits.count(0xFF) == len(one.bits) == 32 << 20
+    coarse = PageBitmap.of(0, 1 << 40, 512 * PAGE)
+    coarse.fill(0, 1 << 39)
+    one.merge(coarse)
+    many = PageBitmap.of(0, 1 << 40, PAGE)
+    for i in range(65535):
+        many.fill(2 * i * PAGE, PAGE)
+    assert many.bits.count(0x55) == 65535 // 4
+    one.merge(many)
+    assert time.process_time() - began < 2

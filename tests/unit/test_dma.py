@@ -1,9 +1,9 @@
-"""DMA maps: what is refused with which errno, what a map without a file is, and dirty bitmaps of any size."""
+"""DMA maps: what is refused with which errno, what a map without a file is, and what is watched."""
 
 import contextlib
 import errno
+import itertools
 import struct
-import time
 
 import pytest
 from hypothesis import given
@@ -14,15 +14,15 @@ from vfu_server.dma import (
     BarPlacement,
     DmaUnmap,
     MapKind,
-    all_dirty,
     bar_placements,
-    bitmap_bytes,
     decide_map,
     explain_map_failure,
+    logging_ranges,
     parse_dma_map,
     parse_dma_unmap,
 )
 from vfu_server.errors import ClientError
+from vfu_server.feature import MAX_LOGGING_RANGES
 from vfu_server.host_device import DmaMap, RegionInfo
 
 PAGE = 4096
@@ -202,6 +202,13 @@ def test_what_is_behind_a_map(dma_map, memory_fd, kind):
     assert (f"{dma_map.iova:#x}+{dma_map.size:#x}" in decision.text) == (kind is not MapKind.MEMORY)
 
 
+def test_a_peers_memory_goes_into_the_iommu_where_it_is_allowed():
+    decision = decide_map(DmaMap(0, PAGE, RW, 7, 1 << 40), BARS, memory_fd=False, p2p=True)
+    assert (decision.kind, decision.into_iommu, decision.migratable) == (MapKind.P2P, True, True)
+    assert "another device" in decision.text
+    assert decide_map(DmaMap(0xFE000000, PAGE, RW), BARS, p2p=True).kind is MapKind.PEER, "there is nothing to map"
+
+
 def test_the_texts_name_the_peer_and_the_cure():
     assert "BAR2 of 0000:06:00.1" in decide_map(DmaMap(0xFE000000, PAGE, RW), BARS).text
     assert CURE in decide_map(DmaMap(0, PAGE, RW), BARS).text
@@ -228,54 +235,50 @@ def test_a_failed_map_is_explained(error, cure):
     assert cure in text
 
 
-# --- dirty bitmaps
-
-
-@given(
-    maps=st.lists(
-        st.builds(
-            DmaMap, st.integers(0, 80).map(PAGE.__mul__), st.integers(1, 80).map(PAGE.__mul__), st.integers(1, 3)
-        ),
-        max_size=5,
-    ),
-    iova=st.integers(0, 90 * PAGE),
-    length=st.integers(1, 150 * PAGE),
-    page_size=st.sampled_from([PAGE, 4 * PAGE, 64 * PAGE]),
+@pytest.mark.parametrize(
+    ("kind", "error", "cause"),
+    [
+        (MapKind.P2P, errno.EFAULT, "iommufd"),
+        (MapKind.P2P, errno.ENOSPC, "dma_entry_limit"),
+        (MapKind.UNREACHABLE, errno.ENOSPC, "remember"),
+    ],
 )
-def test_bitmaps_page_by_page(maps, iova, length, page_size):
-    bitmap = all_dirty(maps, iova, length, page_size)
-    pages = -(-length // page_size)
-    assert len(bitmap) == bitmap_bytes(length, page_size) == (pages + 63) // 64 * 8
-    for page in range(len(bitmap) * 8):
-        start = iova + page * page_size
-        end = min(start + page_size, iova + length)
-        touched = any(m.prot & WRITE and m.iova < end and start < m.iova + m.size for m in maps) and start < end
-        assert bool(bitmap[page // 8] >> page % 8 & 1) == touched
+def test_a_failed_map_of_another_kind_is_explained_otherwise(kind, error, cause):
+    assert cause in explain_map_failure(DmaMap(0, PAGE, RW, 3, 0), error, 1, kind)
 
 
-def test_bits_of_one_map():
-    assert all_dirty([DmaMap(3 * PAGE, 2 * PAGE, RW)], 0, 64 * PAGE, PAGE) == bytes([0b11000]) + bytes(7)
-    assert all_dirty([DmaMap(0, 64 * PAGE, WRITE)], 0, 64 * PAGE, PAGE) == b"\xff" * 8
-    assert all_dirty([DmaMap(0, 64 * PAGE, READ)], 0, 64 * PAGE, PAGE) == bytes(8)
-    assert all_dirty([], 0, PAGE, PAGE) == bytes(8)
-    neighbours = [DmaMap(0, PAGE, RW), DmaMap(3 * PAGE, PAGE, RW)]
-    assert all_dirty(neighbours, PAGE, 2 * PAGE, 64 * PAGE) == bytes(8)
-    assert all_dirty([DmaMap(0, 2 * PAGE, RW)], 2 * PAGE + 8, PAGE, PAGE) == bytes(8)
-    assert all_dirty([DmaMap(3 * PAGE, PAGE, RW)], PAGE // 2, 2 * PAGE + PAGE // 2, PAGE) == bytes(8)
-    assert all_dirty([DmaMap(0, 1 << 63, RW)], TOP - 65 * PAGE, 65 * PAGE, PAGE) == bytes(16)
-    assert all_dirty([DmaMap(TOP - PAGE, PAGE, RW)], TOP - 64 * PAGE, 64 * PAGE, PAGE) == bytes(7) + b"\x80"
+# --- what a device is told to watch
 
 
-def test_a_tebibyte_costs_no_step_for_each_page():
-    """A step for each page, at 50 ns, would take 13 s."""
-    tebibyte = 1 << 40
-    began = time.process_time()
-    one = all_dirty([DmaMap(0, tebibyte, RW)], 0, tebibyte, PAGE)
-    assert time.process_time() - began < 1
-    assert len(one) == 32 << 20
-    assert one.count(0xFF) == len(one)
-    many = [DmaMap(2 * i * PAGE, PAGE, RW) for i in range(65535)]
-    began = time.process_time()
-    scattered = all_dirty(many, 0, tebibyte, PAGE)
-    assert time.process_time() - began < 1
-    assert scattered.count(0x55) == 65535 // 4
+def test_the_clients_ranges_are_watched_as_they_are():
+    assert logging_ranges([(PAGE, PAGE), (0, PAGE)], [DmaMap(1 << 30, PAGE, RW)], PAGE) == ((0, PAGE), (PAGE, PAGE))
+
+
+def test_without_ranges_all_that_is_mapped_is_watched():
+    maps = [DmaMap(0, PAGE, RW), DmaMap(PAGE, PAGE, RW), DmaMap(9 * PAGE, PAGE, RW)]
+    assert logging_ranges([], maps, PAGE) == ((0, 2 * PAGE), (9 * PAGE, PAGE))
+    assert logging_ranges([], maps, 4 * PAGE) == ((0, 4 * PAGE), (8 * PAGE, 4 * PAGE))
+    assert logging_ranges([], maps, 8 * PAGE) == ((0, 16 * PAGE),)
+    assert logging_ranges([], [], PAGE) == ((0, 1 << 32),)
+
+
+def test_the_last_page_of_all_cannot_be_watched():
+    assert logging_ranges([], [DmaMap(TOP - 3 * PAGE, 3 * PAGE, RW)], PAGE) == ((TOP - 3 * PAGE, 2 * PAGE),)
+    assert logging_ranges([], [DmaMap(TOP - PAGE, PAGE, RW)], PAGE) == ((0, 1 << 32),)
+
+
+@given(pieces=st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1, max_size=700))
+def test_at_most_as_many_ranges_as_the_kernel_takes(pieces):
+    maps, at = [], 0
+    for gap, pages in pieces:
+        maps.append(DmaMap((at + gap) * PAGE, pages * PAGE, RW))
+        at += gap + pages
+    found = logging_ranges([], maps, PAGE)
+    assert 1 <= len(found) <= MAX_LOGGING_RANGES
+    assert all(before + length < after for (before, length), (after, _) in itertools.pairwise(found))
+    watched = [m for m in maps if any(start <= m.iova and m.iova + m.size <= start + n for start, n in found)]
+    assert watched == maps
+    assert found[0][0] == maps[0].iova
+    assert sum(found[-1]) == maps[-1].iova + maps[-1].size
+    if len(pieces) <= MAX_LOGGING_RANGES:
+        assert sum(length for _, length in found) == sum(m.size for m in maps)

@@ -19,6 +19,7 @@ import trio
 from vfu_server import uapi
 from vfu_server.errors import DeviceGoneError, HostError, UsageError
 from vfu_server.host import checks
+from vfu_server.host import ioctl as kernel_calls
 from vfu_server.host.attachment import Attachment
 from vfu_server.host.cdev import CdevAttachment
 from vfu_server.host.checks import Status, Way
@@ -268,6 +269,14 @@ class KernelHost:
             await self._in_thread(self._door.dma_unmap_all)
         except DeviceGoneError:
             return
+
+    async def is_peer(self, fd: int) -> bool:
+        """See HostDevice. Asked of the file itself: a name under /dev says nothing."""
+        try:
+            await self._in_thread(lambda: kernel_calls.device_info(self._kernel.ioctl, fd))
+        except HostError:
+            return False
+        return True
 
     def scratch(self, size: int, limit: int = 1 << 64) -> AbstractAsyncContextManager[Scratch | None]:
         """See HostDevice. With an iommufd an address space of its own, else a part of the client's."""

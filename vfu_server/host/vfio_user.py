@@ -137,6 +137,10 @@ class VfioUserHost:
         """See HostDevice."""
         await self._in_thread(self._door.dma_unmap_all)
 
+    async def is_peer(self, fd: int) -> bool:
+        """See HostDevice. A server has no use for another device's file."""
+        return False
+
     async def reset(self) -> str:
         """See HostDevice. The only means over a socket is DEVICE_RESET."""
         if not self.can_reset:

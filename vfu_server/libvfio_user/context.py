@@ -97,13 +97,17 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message that Python must answer with `Context.reply`; `fds` are the receiver's to close."""
+    """A message that Python must answer with `Context.reply`; `fds` are the receiver's to close.
+
+    `tried`: the errno with which C has failed at it already, 0 if it did not try.
+    """
 
     command: Command
     msg_id: int
     no_reply: bool
     payload: bytes
     fds: list[int]
+    tried: int = 0
 
 
 Event = Connected | Disconnected | Notice | Fault | Message
@@ -254,6 +258,7 @@ class Context:
                 bool(event.header.flags & HeaderFlag.NO_REPLY),
                 data,
                 [event.fds[i] for i in range(event.nr_fds)],
+                event.header.error,
             )
         if event.kind == lib.VS_EVENT_CONNECTED:
             return Connected(int.from_bytes(data, "little"))

@@ -9,6 +9,7 @@
 #include "device.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -89,11 +90,16 @@ dma_map(struct vs_device *device, struct vs_event *held)
         return TO_PYTHON;
     }
     ret = vs_door_dma_map(device->door, map.addr, map.size, map.flags, held->fds[0], map.offset);
-    if (ret == -ENOSPC) {
+    if (ret == -ENOSPC || ret == -ENOMEM || ret == -EFAULT) {
+        held->header.error = (uint32_t)-ret;    /* the host's limits, told with their cure; not tried again */
         return TO_PYTHON;
     }
     if (ret < 0) {
-        refuse(device, &held->header, -ret, "DMA_MAP was refused");
+        char why[96];
+
+        snprintf(why, sizeof(why), "DMA_MAP %#llx+%#llx was refused: %s", (unsigned long long)map.addr,
+                 (unsigned long long)map.size, strerror(-ret));
+        refuse(device, &held->header, -ret, why);
         return SERVED;
     }
     held->nr_fds = 0;   /* the door's now */
@@ -242,6 +248,7 @@ ordered(struct vs_device *device, struct vs_message *message)
         return;
     }
     held->header = message->header;
+    held->header.error = 0;     /* of a command it means nothing */
     memcpy(held->fds, message->fds, sizeof(held->fds));
     held->nr_fds = message->nr_fds;
     message->nr_fds = 0;
