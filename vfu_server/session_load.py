@@ -5,7 +5,6 @@ It must not know states or messages: the migration task says when a load begins 
 """
 
 import logging
-from collections.abc import Iterator
 
 import trio
 
@@ -126,11 +125,13 @@ class Load:
 
     async def _load(self) -> None:
         reader = StreamReader(crc32c, known=self._known)
-        while (data := await self._ring.receive()) is not None:
-            for piece in _slices(data):
-                for item in reader.push(piece):
-                    await self._take(item)
-                await trio.lowlevel.checkpoint()  # other devices live in this thread, and records may be many and small
+        while (data := await self._ring.look(SLICE)) is not None:
+            with data:
+                size, items = len(data), reader.push(data)
+            self._ring.consume(size)
+            for item in items:
+                await self._take(item)
+            await trio.lowlevel.checkpoint()  # other devices live in this thread, and records may be many and small
         reader.finish()
         self._complete = True
 
@@ -153,8 +154,3 @@ class Load:
             self._config = item.section.payload
         else:
             await self._device.load(item.section)
-
-
-def _slices(data: bytes) -> Iterator[memoryview]:
-    view = memoryview(data)
-    return (view[at : at + SLICE] for at in range(0, len(view), SLICE))

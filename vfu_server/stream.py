@@ -9,6 +9,7 @@ does not fit. Lengths are summed before they are believed. This finds the faults
 honest peer from one that computes its own sums, so what a section says is checked by whoever reads it.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
@@ -183,7 +184,7 @@ class StreamReader:
         self._sections = 0
         self._skipped = 0
         self._section: SectionRecord | None = None
-        self._payload = bytearray()
+        self._payload = io.BytesIO()
         self._keep = False
         self._received = 0
         self._chunk_left = 0
@@ -233,7 +234,7 @@ class StreamReader:
 
     def _fail(self, expected: str, found: str, at: int) -> NoReturn:
         self._fault = StreamFormatError(f"device state stream, byte {at}: expected {expected}, found {found}")
-        self._payload = bytearray()
+        self._payload = io.BytesIO()
         raise self._fault
 
     def _summed(self, data: bytes) -> bytes:
@@ -294,7 +295,7 @@ class StreamReader:
         self._chunk_left -= len(piece)
         self._received += len(piece)
         if self._keep:
-            self._payload += piece
+            self._payload.write(piece)
 
     def _take_payload_sum(self, data: bytes) -> None:
         self._summed(data)
@@ -305,9 +306,9 @@ class StreamReader:
         self._section = None
         self._sections += 1
         if self._keep:
-            section = Section(record.tag, record.version, bytes(self._payload), record.optional)
+            section = Section(record.tag, record.version, self._payload.getvalue(), record.optional)
             self._items.append(StreamSection(record.origin, section))
-            self._payload = bytearray()
+            self._payload = io.BytesIO()
         else:
             self._skipped += 1
         self._wait_for("a record", self._take_record, RECORD.size)

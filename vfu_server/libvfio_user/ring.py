@@ -22,6 +22,7 @@ class Ring:
     def __init__(self, device: object) -> None:
         self._device = device
         self._fd = int(lib.vs_device_ring_fd(device))
+        self._where = ffi.new("const uint8_t **")
 
     def open_save(self, *, pre_copy: bool) -> None:
         """Begin a save: what `send` gives, the client reads. In pre-copy an empty ring is answered at once (ENOMSG)."""
@@ -89,17 +90,34 @@ class Ring:
         while view:
             view = view[await self.send_some(view) :]
 
-    async def receive(self, size: int = 1 << 20) -> bytes | None:
-        """Up to `size` bytes, waiting for some; None when the writer has said that this was all."""
-        buffer = ffi.new("uint8_t[]", size)
+    async def look(self, size: int = 1 << 20) -> memoryview | None:
+        """Up to `size` bytes that came in, waiting for some, where they lie; None when this was all.
+
+        To be released, and then given back with `consume`, before the next look or the session's end: the memory is the
+        ring's. Raises MigrationError if the session is over.
+        """
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()
-            n = int(lib.vs_device_ring_read(self._device, buffer, size))
+            n = int(lib.vs_device_ring_look(self._device, size, self._where))
             if n == -errno.ENODATA:
                 return None
             if self._check(n) > 0:
-                return bytes(ffi.buffer(buffer, n))
+                return memoryview(ffi.buffer(self._where[0], n))
             await self._wait()
+
+    def consume(self, size: int) -> None:
+        """Done with the first `size` bytes: there is room for others."""
+        lib.vs_device_ring_consume(self._device, size)
+
+    async def receive(self, size: int = 1 << 20) -> bytes | None:
+        """As `look`, and taken out."""
+        view = await self.look(size)
+        if view is None:
+            return None
+        with view:
+            data = bytes(view)
+        self.consume(len(data))
+        return data
 
     async def _wait(self) -> None:
         await trio.lowlevel.wait_readable(self._fd)

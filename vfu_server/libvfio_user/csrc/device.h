@@ -184,7 +184,8 @@ void vs_device_ring_excuse(struct vs_device *device);
 void vs_device_ring_eof(struct vs_device *device);
 void vs_device_ring_error(struct vs_device *device, int error);
 long vs_device_ring_write(struct vs_device *device, const void *data, size_t len);
-long vs_device_ring_read(struct vs_device *device, void *data, size_t len);
+long vs_device_ring_look(struct vs_device *device, size_t len, const uint8_t **data);
+void vs_device_ring_consume(struct vs_device *device, size_t len);
 /* Whether a MIG_DATA_READ waits for bytes that are not there. */
 bool vs_device_ring_wanted(struct vs_device *device);
 size_t vs_device_ring_used(struct vs_device *device);

@@ -29,7 +29,9 @@ static int
 set_up_region(vfu_ctx_t *ctx, struct vs_device *device, unsigned index)
 {
     const struct vs_region *region = &device->regions[index];
-    int flags = (int)(region->flags & 3) | (index < VFU_PCI_DEV_ROM_REGION_IDX ? VFU_REGION_FLAG_MEM : 0);
+    /* BARs of memory have 16 bytes and more, smaller ones are of I/O ports: the library refuses them as memory. */
+    bool memory = index < VFU_PCI_DEV_ROM_REGION_IDX && region->size >= 16;
+    int flags = (int)(region->flags & 3) | (memory ? VFU_REGION_FLAG_MEM : 0);
     struct iovec *areas = NULL;
     int ret;
 

@@ -92,9 +92,15 @@ vs_device_ring_write(struct vs_device *device, const void *data, size_t len)
 }
 
 long
-vs_device_ring_read(struct vs_device *device, void *data, size_t len)
+vs_device_ring_look(struct vs_device *device, size_t len, const uint8_t **data)
 {
-    return vs_ring_read(&device->ring, data, len);
+    return vs_ring_look(&device->ring, len, data);
+}
+
+void
+vs_device_ring_consume(struct vs_device *device, size_t len)
+{
+    vs_ring_consume(&device->ring, len);
 }
 
 bool

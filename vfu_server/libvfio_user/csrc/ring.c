@@ -157,15 +157,8 @@ vs_ring_write(struct vs_ring *ring, const void *data, size_t len)
     return ret;
 }
 
-static void
-consume(struct vs_ring *ring, size_t n)
-{
-    ring->head = (ring->head + n) % ring->size;
-    ring->used -= n;
-}
-
 long
-vs_ring_read(struct vs_ring *ring, void *data, size_t len)
+vs_ring_look(struct vs_ring *ring, size_t len, const uint8_t **data)
 {
     struct iovec iov[2];
     long ret;
@@ -175,17 +168,13 @@ vs_ring_read(struct vs_ring *ring, void *data, size_t len)
         ret = -EPIPE;
     } else if (ring->error != 0) {
         ret = -ring->error;
+    } else if (ring->used == 0) {
+        ret = ring->eof ? -ENODATA : 0;
+        ring->python_waits = !ring->eof;
     } else {
-        size_t n = pieces(ring, false, iov, len);
-
-        memcpy(data, iov[0].iov_base, iov[0].iov_len);
-        memcpy((char *)data + iov[0].iov_len, iov[1].iov_base, iov[1].iov_len);
-        consume(ring, n);
-        ring->python_waits = n == 0 && !ring->eof;
-        if (n > 0) {
-            tell_pump(ring);
-        }
-        ret = n == 0 && ring->eof ? -ENODATA : (long)n;
+        pieces(ring, false, iov, len);
+        *data = iov[0].iov_base;
+        ret = (long)iov[0].iov_len;
     }
     pthread_mutex_unlock(&ring->lock);
     return ret;
@@ -230,9 +219,14 @@ vs_ring_consume(struct vs_ring *ring, size_t len)
 {
     pthread_mutex_lock(&ring->lock);
     /* The session may have been closed while the bytes were on their way. */
-    if (ring->mode == VS_RING_SAVE && ring->used >= len) {
-        consume(ring, len);
-        tell_python(ring);
+    if (ring->mode != VS_RING_CLOSED && ring->used >= len) {
+        ring->head = (ring->head + len) % ring->size;
+        ring->used -= len;
+        if (ring->mode == VS_RING_SAVE) {
+            tell_python(ring);
+        } else {
+            tell_pump(ring);
+        }
     }
     pthread_mutex_unlock(&ring->lock);
 }

@@ -46,12 +46,17 @@ void vs_ring_set_eof(struct vs_ring *ring);
 void vs_ring_set_error(struct vs_ring *ring, int error);
 /* As much as fits; 0: full (then python_fd is signalled when there is room). Negative errno: over. */
 long vs_ring_write(struct vs_ring *ring, const void *data, size_t len);
-/* As much as there is; 0: empty; -ENODATA: empty and at the end. */
-long vs_ring_read(struct vs_ring *ring, void *data, size_t len);
+/*
+ * Python's side of a load: up to `len` bytes in place, valid until they are
+ * consumed or the session is closed. 0: empty (then python_fd is signalled
+ * when something is there); -ENODATA: empty and at the end.
+ */
+long vs_ring_look(struct vs_ring *ring, size_t len, const uint8_t **data);
 size_t vs_ring_used(struct vs_ring *ring);
 
 /* The pump's side of a save: bytes in place, sent from where they lie, then consumed. */
 long vs_ring_peek(struct vs_ring *ring, struct iovec iov[2], size_t len);
+/* Done with `len` bytes that were looked or peeked at; whoever waits for room is told. */
 void vs_ring_consume(struct vs_ring *ring, size_t len);
 /* The pump's side of a load: all or -EAGAIN. */
 int vs_ring_put(struct vs_ring *ring, const void *data, size_t len);

@@ -174,28 +174,28 @@ mig_data_read(struct vs_device *device, struct vs_event *held)
 }
 
 static enum served
-mig_data_write(struct vs_device *device, struct vs_event *held)
+mig_data_write(struct vs_device *device, const struct vs_header *header, const uint8_t *body, size_t len)
 {
     struct vfio_user_mig_data data;
     int ret;
 
-    if (held->len < sizeof(data)) {
-        refuse(device, &held->header, EINVAL, "MIG_DATA_WRITE is too short");
+    if (len < sizeof(data)) {
+        refuse(device, header, EINVAL, "MIG_DATA_WRITE is too short");
         return SERVED;
     }
-    memcpy(&data, held->data, sizeof(data));
-    if (data.size != held->len - sizeof(data) || data.size > VS_MAX_XFER) {
-        refuse(device, &held->header, EINVAL, "MIG_DATA_WRITE does not carry what it says");
+    memcpy(&data, body, sizeof(data));
+    if (data.size != len - sizeof(data) || data.size > VS_MAX_XFER) {
+        refuse(device, header, EINVAL, "MIG_DATA_WRITE does not carry what it says");
         return SERVED;
     }
-    ret = vs_ring_put(&device->ring, held->data + sizeof(data), data.size);
+    ret = vs_ring_put(&device->ring, body + sizeof(data), data.size);
     if (ret == -EAGAIN) {
         return WAITS;
     }
     if (ret < 0) {
-        refuse(device, &held->header, -ret, "MIG_DATA_WRITE was refused");
+        refuse(device, header, -ret, "MIG_DATA_WRITE was refused");
     } else {
-        vs_send(device, &held->header, NULL, 0, NULL, 0, NULL, 0, 0);
+        vs_send(device, header, NULL, 0, NULL, 0, NULL, 0, 0);
     }
     return SERVED;
 }
@@ -213,7 +213,7 @@ serve(struct vs_device *device, struct vs_event *held)
     case VFIO_USER_MIG_DATA_READ:
         return mig_data_read(device, held);
     case VFIO_USER_MIG_DATA_WRITE:
-        return mig_data_write(device, held);
+        return mig_data_write(device, &held->header, held->data, held->len);
     default:
         return TO_PYTHON;
     }
@@ -241,8 +241,15 @@ serve_now(struct vs_device *device, struct vs_event *held)
 static void
 ordered(struct vs_device *device, struct vs_message *message)
 {
-    struct vs_event *held = vs_event_new(VS_EVENT_MESSAGE, message->body, message->body_len);
+    bool behind = device->busy || device->data_wait != NULL || device->nr_held > 0;
+    struct vs_event *held;
 
+    /* The bulk of a load is not copied on its way into the ring. */
+    if (message->header.command == VFIO_USER_MIG_DATA_WRITE && !behind &&
+        mig_data_write(device, &message->header, message->body, message->body_len) == SERVED) {
+        return;
+    }
+    held = vs_event_new(VS_EVENT_MESSAGE, message->body, message->body_len);
     if (held == NULL) {
         vs_send(device, &message->header, NULL, 0, NULL, 0, NULL, 0, ENOMEM);
         return;
@@ -252,7 +259,7 @@ ordered(struct vs_device *device, struct vs_message *message)
     memcpy(held->fds, message->fds, sizeof(held->fds));
     held->nr_fds = message->nr_fds;
     message->nr_fds = 0;
-    if (device->busy || device->data_wait != NULL || device->nr_held > 0) {
+    if (behind) {
         *device->held_end = held;
         device->held_end = &held->next;
         device->nr_held++;
