@@ -82,6 +82,7 @@ def _with_settings(device: DeviceConfig, arguments: argparse.Namespace) -> Devic
         plugin=arguments.plugin or device.plugin,
         mmap=arguments.mmap or device.mmap,
         dirty_tracking=arguments.dirty_tracking or device.dirty_tracking,
+        allow_p2p=bool(arguments.allow_p2p) or device.allow_p2p,
         require_migration=bool(arguments.require_migration) or device.require_migration,
     )
 

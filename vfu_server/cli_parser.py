@@ -152,6 +152,13 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         "all: where neither can, report all writable memory as dirty",
     )
     group.add_argument(
+        "--allow-p2p",
+        action="store_true",
+        default=None,
+        help="let a device reach memory of other devices whose files a client gives; only where the plugin says that "
+        "this device can hold such DMA back, and only by type1 (groups)",
+    )
+    group.add_argument(
         "--require-migration",
         action="store_true",
         default=None,

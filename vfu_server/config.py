@@ -54,6 +54,7 @@ class DeviceConfig:
     options: Mapping[str, str] = field(default_factory=dict)
     mmap: str = "plugin"
     dirty_tracking: str = "auto"
+    allow_p2p: bool = False
     require_migration: bool = False
     vf_token: str = ""
     vfio_fd: int = -1

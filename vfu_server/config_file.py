@@ -5,7 +5,7 @@ It must not know the command line. The form:
     [server]                      log-level, log-format, socket-group
     [defaults]                    any field of a device but name, source, fd and vf-token; for all devices
     [[device]]                    name, plugin, one of bdf / model / device-socket, socket-path or fd,
-                                  mmap, dirty-tracking, require-migration, vf-token
+                                  mmap, dirty-tracking, allow-p2p, require-migration, vf-token
     [device.options]              what --option gives, for this device
 """
 
@@ -46,6 +46,7 @@ _DEFAULTS = {
     "socket-path": Field(str),
     "mmap": Field(str, config.MMAP_MODES),
     "dirty-tracking": Field(str, config.DIRTY_TRACKING_MODES),
+    "allow-p2p": Field(bool),
     "require-migration": Field(bool),
     "options": Field(dict),
 }

@@ -66,10 +66,12 @@ def _devices(config: ServerConfig, listeners: Sequence[Listener]) -> list["Serve
     """The devices, not opened yet, their plugins loaded. Raises PluginError, UsageError (no such model)."""
     from vfu_server.plugins import Plugins
     from vfu_server.server_device import ServedDevice
+    from vfu_server.session_peers import Peers
 
-    plugins = Plugins()
+    plugins, peers = Plugins(), Peers()
     devices = [
-        ServedDevice(device, plugins, listener) for device, listener in zip(config.devices, listeners, strict=True)
+        ServedDevice(device, plugins, listener, peers)
+        for device, listener in zip(config.devices, listeners, strict=True)
     ]
     for device in devices:
         device.check_plugin()

@@ -17,6 +17,7 @@ from vfu_server.host_device import HostDevice
 from vfu_server.plugins import Plugins, Taken, exactly_one
 from vfu_server.server_stage import CLOSE_DEADLINE, Stage
 from vfu_server.session import Session, SessionOptions
+from vfu_server.session_peers import Peers
 from vfu_server.sockets import Listener
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,10 @@ logger = logging.getLogger(__name__)
 class ServedDevice:
     """One device and its task."""
 
-    def __init__(self, config: DeviceConfig, plugins: Plugins, listener: Listener) -> None:
+    def __init__(self, config: DeviceConfig, plugins: Plugins, listener: Listener, peers: Peers) -> None:
         self.config = config
         self.listener = listener
+        self._peers = peers
         self.stage = Stage.OPENING
         self.failure: Exception | None = None
         """Why it is not served (any more); None after a clean end."""
@@ -132,7 +134,10 @@ class ServedDevice:
             device=taken.device,
             plugin_name=taken.plugin.name,
             plugin_version=taken.plugin.version,
-            options=SessionOptions(mmap=self.config.mmap, dirty_tracking=self.config.dirty_tracking),
+            options=SessionOptions(
+                mmap=self.config.mmap, dirty_tracking=self.config.dirty_tracking, allow_p2p=self.config.allow_p2p
+            ),
+            peers=self._peers,
         )
 
     async def _accept(self) -> int:
