@@ -162,7 +162,8 @@ class Device(ABC):
         """Bring the device to rest. The policy has been switched before: no new access comes in.
 
         May wait (with a deadline of its own below 4 s; pre-copy has none). If it raises, the device must go on as
-        before: the session then switches the policy back and the client keeps its old state.
+        before: the session then switches the policy back and the client keeps its old state. Where nobody can say that
+        it does, raise StateLostError (so may `start`, `save_begin`, `save_end`, `load_begin` and `load_done`).
         """
 
     @abstractmethod
@@ -180,6 +181,13 @@ class Device(ABC):
     async def precopy_info(self) -> PrecopyInfo:
         """What a PRE_COPY could give now. States PRE_COPY and PRE_COPY_P2P, also while `save` is at an await."""
         return PrecopyInfo()
+
+    async def save_begin(self) -> None:
+        """A save session is opened, as a part of the state change: on a device that runs or is stopped. `save` follows.
+
+        If it raises, the change is refused, and nothing may have changed.
+        """
+        return None
 
     @abstractmethod
     async def save(self, phase: SavePhase, sink: Sink) -> None:

@@ -62,6 +62,12 @@ class StateError(MigrationError):
     """A migration state was asked for that cannot be reached from the present one."""
 
 
+class StateLostError(MigrationError):
+    """What the device does now is unknown, or its driver has given it up: state ERROR, left by a reset only."""
+
+    default_errno = _errno.EIO
+
+
 class StreamFormatError(MigrationError):
     """The bytes are no stream of ours: wrong magic, version, order, length or checksum, cut short or too long."""
 

@@ -5,6 +5,7 @@ It joins the state machine (`migration`), the plugin's coroutines, the policy ta
 not know messages or sockets; who waits for a state change is told by return or exception.
 """
 
+import contextlib
 import errno
 import logging
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from vfu_server.device import Device, PrecopyInfo, StopKind
-from vfu_server.errors import DeadlineError, HostError, PluginError, StateError, VfuServerError
+from vfu_server.errors import DeadlineError, HostError, PluginError, StateError, StateLostError, VfuServerError
 from vfu_server.libvfio_user.context import Context
 from vfu_server.migration import Arc, Step, data_session, migration_flags, next_step, steps, undo
 from vfu_server.policy import StateClass
@@ -118,6 +119,9 @@ class Migration:
     async def _undo(self, arc: Arc, failed: Step, error: BaseException) -> None:
         cause = "it was cancelled or timed out" if isinstance(error, trio.Cancelled) else str(error)
         log.warning("migration: %s failed at step '%s': %s", arc, failed.value, cause)
+        if isinstance(error, StateLostError):
+            await self.fail()
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + UNDO_DEADLINE) as scope:
             try:
                 for step in undo(arc, failed):
@@ -132,7 +136,8 @@ class Migration:
     async def fail(self) -> None:
         """Nobody knows what the device does any more: state ERROR, left by a reset only."""
         self.state = MigState.ERROR
-        await self.switch_class(StateClass.ERROR)
+        with trio.CancelScope(shield=True):
+            await self.switch_class(StateClass.ERROR)
 
     async def reset(self) -> None:
         """Bring the device to RUNNING by a reset, from any state. On failure the state is ERROR."""
@@ -143,7 +148,8 @@ class Migration:
     async def _reset(self) -> None:
         self.counts.data_over(data_session(self.state), self._context.ring.total)
         with trio.CancelScope(shield=True):
-            await self._save.close()
+            with contextlib.suppress(StateLostError):
+                await self._save.close()
             await self._load.close()
         self._context.drop_kept_writes()
         try:
@@ -153,7 +159,7 @@ class Migration:
             await self.fail()
             raise DeadlineError(f"the device's reset took longer than {RESET_DEADLINE} s") from None
         except VfuServerError as error:
-            if self.state is not MigState.RUNNING:
+            if self.state is not MigState.RUNNING or isinstance(error, StateLostError):
                 await self.fail()
             error.add_note("while the device was reset")
             raise

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 import trio
 
 from vfu_server.device import Device, PrecopyInfo, SavePhase, Section
-from vfu_server.errors import MigrationError, PluginError, VfuServerError
+from vfu_server.errors import MigrationError, PluginError, StateLostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
@@ -58,6 +58,8 @@ class Save:
         """The plugin had nothing more to give early and will be asked again."""
         self._initial_end: int | None = None
         """Place in the stream behind the first pass of a pre-copy; None while the plugin is at it."""
+        self._reinit = False
+        """A new first pass has begun, which the client was not told yet."""
         self._failure: VfuServerError | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
@@ -71,11 +73,17 @@ class Save:
         name, version = self._who
         writer = StreamWriter(StreamHeader(name, version, self._device.identity, self._host.identity()), crc32c)
         header = writer.begin()
-        self._backlog.clear()
-        self._initial_end = self._failure = None
-        self._ring.open_save(pre_copy=pre_copy)
+        await self._device.save_begin()
         self._writer = writer
-        await self._ring.send(header)
+        try:
+            self._backlog.clear()
+            self._initial_end = self._failure = None
+            self._reinit = False
+            self._ring.open_save(pre_copy=pre_copy)
+            await self._ring.send(header)
+        except BaseException:
+            await self.close()
+            raise
 
     async def begin_pre_copy(self) -> None:
         """Let the plugin give what it can while the device runs."""
@@ -121,17 +129,18 @@ class Save:
     async def precopy_info(self) -> PrecopyInfo:
         """The plugin's numbers and what the client has not fetched yet: of the first pass until all of that is out."""
         info = await self._device.precopy_info()
+        reinit, self._reinit = self._reinit or info.reinit, False
         if self._resting and (info.initial_bytes > 0 or info.dirty_bytes > 0):
             self._ring.more_to_come()  # so the read that follows this answer waits for it
             self._asked.set()
         unfetched = self.unfetched
         if info.initial_bytes > 0:
             self._initial_end = None
-            return PrecopyInfo(info.initial_bytes + unfetched, info.dirty_bytes, info.reinit)
+            return PrecopyInfo(info.initial_bytes + unfetched, info.dirty_bytes, reinit)
         if self._initial_end is None:
             self._initial_end = self._given
         initial = max(0, self._initial_end - (self._given - unfetched))
-        return PrecopyInfo(initial, info.dirty_bytes + unfetched - initial, info.reinit)
+        return PrecopyInfo(initial, info.dirty_bytes + unfetched - initial, reinit)
 
     @property
     def _given(self) -> int:
@@ -203,6 +212,7 @@ class Save:
 
     async def _has_more(self) -> bool:
         info = await self._device.precopy_info()
+        self._reinit = self._reinit or info.reinit
         return info.initial_bytes > 0 or info.dirty_bytes > 0
 
     async def _excuse(self, scope: trio.CancelScope) -> None:
@@ -261,10 +271,12 @@ class Save:
                         await self._send_all(self._open_writer().padding(PADDING_BYTES))
 
     async def _tell_end(self) -> None:
-        """The plugin is told in any case, and whatever it does with that, the session is over."""
+        """The plugin is told in any case; whatever it does with that, the session is over. Raises StateLostError."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + END_DEADLINE) as scope:
             try:
                 await self._device.save_end()
+            except StateLostError:
+                raise
             except Exception as error:
                 fault = None if isinstance(error, VfuServerError) else error
                 log.error("the plugin could not end the save: %s", error, exc_info=fault)
