@@ -9,9 +9,12 @@ Everything that may take longer is a coroutine.
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vfu_server.uapi import Command
+from vfu_server.uapi import Command, MigState
+
+if TYPE_CHECKING:
+    from vfu_server.device import PrecopyInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,56 @@ class HostStatistics:
     extra: dict[str, int] = field(default_factory=dict)
 
 
+class StateFile(Protocol):
+    """The data of one migration session of a device that is migrated by its own side; for one coroutine at a time.
+
+    Who is cancelled loses nothing: what was under way goes on, and the next call of the same kind has its result.
+    """
+
+    async def read(self, size: int) -> bytes:
+        """The next bytes of the state, at most `size`; none: its end, or nothing for now while the device runs.
+
+        HostError ENOMSG: nothing for now. ENODEV: the session is over.
+        """
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Give all of `data`. HostError: the driver refused it; what it has taken of it is unknown."""
+        ...
+
+    async def precopy_info(self) -> "PrecopyInfo":
+        """What it could give now while the device runs. HostError EINVAL in any other state."""
+        ...
+
+    def close(self) -> None:
+        """Close it, at the latest when what is under way has ended. Idempotent."""
+        ...
+
+
+class MigrationDoor(Protocol):
+    """What migrates a device by itself behind a door: its driver in the kernel, with migration protocol v2."""
+
+    flags: int
+    """uapi.MIGRATION_*."""
+    migrator: str
+    """What migrates it, for people and for comparison with the other side: the driver, of an mdev its type."""
+
+    async def set_state(self, state: MigState) -> StateFile | None:
+        """Lead the device to `state`, by the kernel's own way; returns the data of a session that this has opened.
+
+        HostError: refused or failed on the way; `state()` tells where it stands. Cancelled: the change goes on.
+        """
+        ...
+
+    async def state(self) -> MigState:
+        """Where the device stands, once no change is under way."""
+        ...
+
+    async def data_size(self) -> int:
+        """Bytes that a STOP_COPY would give now, an estimate. HostError ENOTTY where the driver cannot tell."""
+        ...
+
+
 class HostDevice(Protocol):
     """The real device, as a plugin and the session see it.
 
@@ -122,6 +175,8 @@ class HostDevice(Protocol):
     relay: Callable[[Command, bytes], Awaitable[bytes]] | None
     """Set by the session: sends DMA_READ or DMA_WRITE to the client. For doors whose device reaches memory by messages.
     """
+    migration: MigrationDoor | None
+    """What migrates the device by itself, if anything does."""
 
     def read(self, region: int, offset: int, width: int) -> int:
         """Register read of 1, 2, 4 or 8 bytes, little-endian, in one access."""

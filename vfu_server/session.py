@@ -323,7 +323,7 @@ def _context(name: str, host: HostDevice, device: Device, mode: MmapMode, areas:
         rules=compile_rules(policy, mode, sizes, areas),
         door=host.native,
         traps=_Traps(device),
-        flr=flr_bits(host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)),
+        flr=flr_bits(host.read_block(RegionIndex.CONFIG, 0, min(uapi.PCI_CFG_SPACE_SIZE, sizes[RegionIndex.CONFIG]))),
         trace=trace,
     )
 

@@ -23,6 +23,7 @@ LAYOUTS = [
     ("DEPENDENT_DEVICE", 8, (0, 4, 6, 7)),
     ("HOT_RESET", 12, (0, 4, 8)),
     ("FEATURE", 8, (0, 4)),
+    ("PRECOPY_INFO", 24, (0, 4, 8, 16)),
     ("BIND_IOMMUFD", 16, (0, 4, 8, 12)),
     ("BIND_IOMMUFD_TOKEN", 24, (0, 4, 8, 12, 16)),
     ("ATTACH_PT", 12, (0, 4, 8)),

@@ -80,6 +80,15 @@ def usable_way(kernel: Kernel, function: Function) -> Way | None:
 # --- checks that decide about opening
 
 
+def check_mdev(function: Function) -> Finding:
+    """A mediated device's driver has it: that stands before it as an IOMMU, and its group has no other member."""
+    name = "driver"
+    if not function.on_vfio:
+        text = f"the mediated device {function.bdf} ({function.mdev_type}) has no driver: its parent's does not run"
+        return Finding(name, Status.FAIL, text, errno=errno.ENODEV)
+    return Finding(name, Status.OK, f"{function.bdf} ({function.mdev_type}) has the driver {function.driver}")
+
+
 def check_driver(sysfs: Sysfs, function: Function) -> Finding:
     """A VFIO driver has the function."""
     name = "driver"
@@ -195,6 +204,10 @@ def _user_name() -> str:
 
 def before_opening(kernel: Kernel, sysfs: Sysfs, function: Function, token: str) -> Iterator[Finding]:
     """The checks that decide, in the order in which an operator cures them."""
+    if function.mdev_type:
+        yield check_mdev(function)
+        yield check_permission(kernel, function)
+        return
     yield check_driver(sysfs, function)
     yield check_iommu(sysfs, function)
     yield check_group(sysfs, function)

@@ -42,6 +42,8 @@ DEVICE_PCI_HOT_RESET = 0x3B71
 DEVICE_FEATURE = 0x3B75
 DEVICE_BIND_IOMMUFD = 0x3B76
 DEVICE_ATTACH_IOMMUFD_PT = 0x3B77
+# on the data fd of a migration
+MIG_GET_PRECOPY_INFO = 0x3B79
 # on the iommufd
 IOMMU_DESTROY = 0x3B80
 IOMMU_IOAS_ALLOC = 0x3B81
@@ -94,6 +96,8 @@ HOT_RESET = struct.Struct("=III")
 """argsz, flags, count; then the fds of groups"""
 FEATURE = struct.Struct("=II")
 """argsz, flags; then data"""
+PRECOPY_INFO = struct.Struct("=IIQQ")
+"""argsz, flags, initial_bytes, dirty_bytes"""
 BIND_IOMMUFD = struct.Struct("=IIiI")
 """argsz, flags, iommufd, out_devid"""
 BIND_IOMMUFD_TOKEN = struct.Struct("=IIiIQ")
@@ -151,6 +155,8 @@ class Kernel:
     ioctl: Ioctl = native_ioctl
     open: Callable[[str], int] = open_node
     may_use: Callable[[Path], bool] = may_use
+    read: Callable[[int, int], bytes] = os.read
+    write: Callable[[int, memoryview], int] = os.write
     door_calls: Any = field(default=None)
     """`struct vs_kernel_calls *` for the C door; None: the kernel's."""
 
@@ -306,6 +312,14 @@ def device_feature(ioctl: Ioctl, device: int, flags: int, data: bytes = b"") -> 
     buffer = _filled(FEATURE, flags, tail=data)
     ioctl(device, DEVICE_FEATURE, buffer)
     return bytes(buffer[FEATURE.size :])
+
+
+def precopy_info(ioctl: Ioctl, data_fd: int) -> tuple[int, int, int]:
+    """VFIO_MIG_GET_PRECOPY_INFO of a data fd: flags, initial_bytes, dirty_bytes."""
+    buffer = _filled(PRECOPY_INFO, 0, 0, 0)
+    ioctl(data_fd, MIG_GET_PRECOPY_INFO, buffer)
+    _, flags, initial_bytes, dirty_bytes = PRECOPY_INFO.unpack(buffer)
+    return flags, initial_bytes, dirty_bytes
 
 
 def bind_iommufd(ioctl: Ioctl, device: int, iommufd: int, token: bytes = b"") -> int:

@@ -1,4 +1,4 @@
-"""The door to a real PCI function under kernel VFIO: `open_bdf` and what it returns.
+"""The door to a real PCI function under kernel VFIO, or to a mediated one: `open_bdf`, `open_mdev`, what they return.
 
 Registers and guest memory go through the C door, interrupts straight from the kernel to the client's eventfds; here
 are the steps in between. It knows nothing of clients, policy or migration.
@@ -29,9 +29,19 @@ from vfu_server.host.kernel_dirty import LOGGING, IommuLog
 from vfu_server.host.kernel_feature import device_feature
 from vfu_server.host.kernel_info import KernelInfo, read_info
 from vfu_server.host.kernel_irqs import KernelIrqs
-from vfu_server.host.kernel_reset import Ladder
+from vfu_server.host.kernel_migration import KernelMigration
+from vfu_server.host.kernel_reset import Ladder, resets_unannounced
 from vfu_server.host.sysfs import Function, Sysfs
-from vfu_server.host_device import DmaMap, HostEvent, HostStatistics, Identity, IrqInfo, RegionInfo, Scratch
+from vfu_server.host_device import (
+    DmaMap,
+    HostEvent,
+    HostStatistics,
+    Identity,
+    IrqInfo,
+    MigrationDoor,
+    RegionInfo,
+    Scratch,
+)
 from vfu_server.libvfio_user.kernel_door import KernelDoor
 from vfu_server.uapi import Command, Feature, IrqIndex, RegionIndex
 
@@ -40,6 +50,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ALL_ONES = 0xFFFFFFFF
+SETTLE_DEADLINE = 1.0
+"""Seconds for a state change that a driver is at when the function is to be closed."""
 EVENT_WORDS = {
     IrqIndex.ERR: ("error", "the function reports an error that it does not recover from (AER)"),
     IrqIndex.REQ: ("request", "the kernel wants the function back: an unbind or a removal waits until it is closed"),
@@ -60,13 +72,24 @@ async def open_bdf(
     now on, also if it fails. HostError says what is wrong, its notes what an operator types.
     """
     inherited = (vfio_fd, iommu_fd) if vfio_fd >= 0 and iommu_fd >= 0 else None
-    return await trio.to_thread.run_sync(_open, kernel or Kernel(), bdf, vf_token, inherited)
+    return await trio.to_thread.run_sync(_open, kernel or Kernel(), bdf, Sysfs.function, vf_token, inherited)
 
 
-def _open(kernel: Kernel, bdf: str, token: str, inherited: tuple[int, int] | None) -> "KernelHost":
+async def open_mdev(uuid: str, *, kernel: Kernel | None = None) -> "KernelHost":
+    """Open the mediated device `uuid` (an mdev), in the same two ways. Its driver is its IOMMU as well."""
+    return await trio.to_thread.run_sync(_open, kernel or Kernel(), uuid, Sysfs.mdev, "", None)
+
+
+def _open(
+    kernel: Kernel,
+    address: str,
+    find: Callable[[Sysfs, str], Function],
+    token: str,
+    inherited: tuple[int, int] | None,
+) -> "KernelHost":
     sysfs = Sysfs(kernel.root)
     try:
-        function = _checked(kernel, sysfs, bdf, token, inherited=inherited is not None)
+        function = _checked(kernel, sysfs, lambda: find(sysfs, address), token, inherited=inherited is not None)
     except BaseException:
         for fd in inherited or ():
             os.close(fd)
@@ -87,17 +110,17 @@ def _open(kernel: Kernel, bdf: str, token: str, inherited: tuple[int, int] | Non
     memlock = checks.check_memlock(limit, privileged=privileged)
     if memlock.status is Status.WARN:
         log.warning("%s: %s", memlock.text, "; ".join(memlock.cure))
-    log.info("%s is open (%s, driver %s)", bdf, attachment.way.value, function.driver)
+    log.info("%s is open (%s, driver %s)", address, attachment.way.value, function.driver)
     return host
 
 
-def _checked(kernel: Kernel, sysfs: Sysfs, bdf: str, token: str, *, inherited: bool) -> Function:
+def _checked(kernel: Kernel, sysfs: Sysfs, find: Callable[[], Function], token: str, *, inherited: bool) -> Function:
     if token:
         try:
             uuid.UUID(token)
         except ValueError:
             raise UsageError(f"{token!r} is no vf token: it is a UUID") from None
-    function = sysfs.function(bdf)
+    function = find()
     for finding in checks.before_opening(kernel, sysfs, function, token):
         if finding.status is Status.FAIL and not (inherited and finding.name == "permission"):
             raise finding.error()
@@ -124,7 +147,8 @@ class KernelHost:
         self.regions: Sequence[RegionInfo] = info.regions
         self.irqs: Sequence[IrqInfo] = info.irqs
         self._iommu_log: IommuLog | None = None
-        self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, by_function=info.can_reset)
+        by_function = info.can_reset or (bool(function.mdev_type) and resets_unannounced(kernel.ioctl, attachment))
+        self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, by_function=by_function)
         self.can_reset = self._ladder.exists()
         self._irqs = KernelIrqs(kernel.ioctl, attachment.device_fd, info.irqs)
         try:
@@ -137,6 +161,9 @@ class KernelHost:
         if attachment.tracks_dirty_pages and not self._logs_itself:
             table = attachment.page_table
             self._iommu_log = IommuLog(kernel.ioctl, attachment.iommu_fd, table, self._door.dma_maps)
+        migrator = function.mdev_type or function.driver
+        self._states = KernelMigration.find(kernel, attachment.device_fd, self.name, migrator)
+        self.migration: MigrationDoor | None = self._states
         _open_here.add(self.name)
 
     def _make_door(self, info: KernelInfo) -> KernelDoor:
@@ -314,6 +341,9 @@ class KernelHost:
         self._closed = True
         trio.lowlevel.notify_closing(self._irqs.fileno())
         with trio.CancelScope(shield=True):
+            if self._states is not None:
+                with trio.move_on_after(SETTLE_DEADLINE):
+                    await self._states.settled()
             async with self._irq_lock:
                 await trio.to_thread.run_sync(self._close)
 

@@ -21,6 +21,18 @@ TRIES = 20
 PAUSE = 0.05
 
 
+def resets_unannounced(ioctl: Ioctl, attachment: Attachment) -> bool:
+    """Whether a mediated device takes DEVICE_RESET without having said so, as the kernel's sample mtty does.
+
+    The reset is made: a device that is just being opened is reset anyhow, where it can be.
+    """
+    try:
+        kernel_calls.device_reset(ioctl, attachment.device_fd)
+    except OSError:
+        return False
+    return True
+
+
 class Ladder:
     """The resets of one function, best first. `open_here`: BDFs that this process has open."""
 

@@ -34,6 +34,8 @@ class Function:
     physical_function: str
     """BDF of the PF, for a VF."""
     reset_methods: tuple[str, ...]
+    mdev_type: str = ""
+    """`mtty-2`, for a mediated device: then `bdf` is its UUID, the IOMMU is its driver, and ids are not known here."""
 
     @property
     def is_bridge(self) -> bool:
@@ -42,8 +44,8 @@ class Function:
 
     @property
     def on_vfio(self) -> bool:
-        """A VFIO driver has it: vfio-pci or a variant of it."""
-        return bool(self.vfio_device) or "vfio" in self.driver
+        """A VFIO driver has it: vfio-pci or a variant of it, or that of a mediated device."""
+        return bool(self.vfio_device) or "vfio" in self.driver or bool(self.mdev_type and self.driver)
 
     @property
     def blocks_group(self) -> bool:
@@ -83,6 +85,32 @@ class Sysfs:
             numa_node=self._number(folder / "numa_node", -1),
             physical_function=_link_name(folder / "physfn"),
             reset_methods=tuple(_text(folder / "reset_method").split()),
+        )
+
+    def mdev(self, uuid: str) -> Function:
+        """What there is of a mediated device. HostError ENODEV if there is none of that UUID."""
+        folder = self.path(f"/sys/bus/mdev/devices/{uuid}")
+        if not folder.is_dir():
+            absent = HostError(f"there is no mediated device {uuid}", errno.ENODEV)
+            absent.add_note("ls /sys/class/mdev_bus/*/mdev_supported_types, for the types that there are")
+            absent.add_note(f"echo {uuid} > /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create")
+            raise absent
+        return Function(
+            bdf=uuid,
+            vendor=0,
+            device=0,
+            subsystem_vendor=0,
+            subsystem=0,
+            revision=0,
+            class_code=0,
+            modalias="",
+            driver=_link_name(folder / "driver"),
+            group=_group_number(folder / "iommu_group"),
+            vfio_device=self._vfio_device(folder),
+            numa_node=-1,
+            physical_function="",
+            reset_methods=(),
+            mdev_type=_link_name(folder / "mdev_type") or "of an unknown type",
         )
 
     def members(self, group: int) -> list[Function]:

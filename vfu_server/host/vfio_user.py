@@ -19,7 +19,17 @@ import trio
 from vfu_server import uapi
 from vfu_server.errors import DeviceGoneError, HostError
 from vfu_server.host.scratch import scratch_memory
-from vfu_server.host_device import DmaMap, HostEvent, HostStatistics, Identity, IrqInfo, MmapArea, RegionInfo, Scratch
+from vfu_server.host_device import (
+    DmaMap,
+    HostEvent,
+    HostStatistics,
+    Identity,
+    IrqInfo,
+    MigrationDoor,
+    MmapArea,
+    RegionInfo,
+    Scratch,
+)
 from vfu_server.libvfio_user.client import ClientDoor
 from vfu_server.uapi import Command, RegionIndex
 
@@ -50,6 +60,8 @@ class VfioUserHost:
         self.dma_by_messages = True
         self.cannot_revoke = "it is behind another server's socket: only a kernel can take mappings away"
         self.relay: Relay | None = None
+        self.migration: MigrationDoor | None = None
+        """Not used: a server that migrates its device by itself is connected to by the client."""
         self._door = door
         self._closed = False
 
