@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from vfu_server import uapi
-from vfu_server.dma import logging_ranges
+from vfu_server.dma import bitmap_bytes, logging_ranges
 from vfu_server.errors import ClientError, HostError, VfuServerError
 from vfu_server.feature import LoggingReport, LoggingStart
 from vfu_server.host_device import DmaMap, HostDevice
@@ -151,14 +151,14 @@ class DirtyLog:
         """In pages of the answer where the range begins with one, else in the smallest."""
         page_size = uapi.PAGE_SIZE if (first - into.iova) % into.page_size else into.page_size
         for start, end in _steps(first, last, page_size * STEP_PAGES):
-            part = PageBitmap.of(start, end - start, page_size)
+            pages = -(-(end - start) // page_size)
             head = uapi.FEATURE_LOGGING_REPORT.pack(start, end - start, page_size)
-            flags, size = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT, len(head) + len(part.bits)
+            flags = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT
+            size = len(head) + bitmap_bytes(end - start, page_size)
             reply = await self._host.device_feature(flags, head, size)
             if len(reply) != size:
                 raise HostError(f"DMA_LOGGING_REPORT: {len(reply)} bytes came back, {size} were asked for")
-            part.bits[:] = reply[len(head) :]
-            into.merge(part)
+            into.merge_bits(start, page_size, pages, memoryview(reply)[len(head) :])
 
     def _take_for_written(self, maps: Sequence[DmaMap], iova: int, length: int) -> None:
         for dma_map in maps:

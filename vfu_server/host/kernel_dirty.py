@@ -84,7 +84,7 @@ class IommuLog:
         for dma_map in self._maps(iova, length):
             if dma_map.fd >= 0 and dma_map.prot & uapi.DMA_FLAG_WRITE:
                 self._collect(answer, dma_map)
-        return data[: head.size] + bytes(answer.bits[:room].ljust(room, b"\0"))
+        return b"".join((data[: head.size], memoryview(answer.bits)[:room], bytes(max(0, room - len(answer.bits)))))
 
     def _collect(self, answer: PageBitmap, dma_map: DmaMap) -> None:
         """Set what was written of one map. The IOMMU takes whole mapped pages of a size: where those of the answer do

@@ -19,7 +19,8 @@ class PageBitmap:
         self.iova = iova
         self.page_size = page_size
         self.pages = pages
-        self.bits = bytearray(bits).ljust(-(-pages // (8 * WORD)) * WORD, b"\0")
+        self.bits = bytearray(-(-pages // (8 * WORD)) * WORD)  # once: new memory costs more than what is done with it
+        self.bits[: len(bits)] = bits
 
     @classmethod
     def of(cls, iova: int, length: int, page_size: int) -> Self:
@@ -33,9 +34,15 @@ class PageBitmap:
 
     def merge(self, other: "PageBitmap") -> None:
         """Set each page that shares a byte with a page set in `other`; what lies outside is left out."""
-        own, given = ffi.from_buffer("uint8_t[]", self.bits), ffi.from_buffer("uint8_t[]", other.bits)
+        self.merge_bits(other.iova, other.page_size, other.pages, other.bits)
+
+    def merge_bits(self, iova: int, page_size: int, pages: int, bits: bytes | bytearray | memoryview) -> None:
+        """`merge` of a bitmap that lies somewhere else: `bits` has at least `pages` of them."""
+        if len(bits) * 8 < pages:
+            raise ValueError(f"{len(bits)} bytes are no bitmap of {pages} pages")
+        own, given = ffi.from_buffer("uint8_t[]", self.bits), ffi.from_buffer("uint8_t[]", bits)
         to = ffi.new("struct vs_bitmap *", (own, self.iova, self.page_size, self.pages))
-        lib.vs_bitmap_merge(to, ffi.new("struct vs_bitmap *", (given, other.iova, other.page_size, other.pages)))
+        lib.vs_bitmap_merge(to, ffi.new("struct vs_bitmap *", (given, iova, page_size, pages)))
 
     def fill(self, iova: int, length: int) -> None:
         """Set each page that shares a byte with the range; what lies outside is left out."""

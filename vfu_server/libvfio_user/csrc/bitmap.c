@@ -54,6 +54,25 @@ put(const struct vs_bitmap *to, uint64_t iova, uint64_t page_size)
     vs_bitmap_fill(to->bits, (iova - to->iova) / to->page_size, (last - to->iova) / to->page_size + 1, 1);
 }
 
+/* Four words at a time: byte by byte it took longer than all the rest of a report. */
+static void
+or_bytes(uint8_t *restrict to, const uint8_t *restrict from, uint64_t len)
+{
+    uint64_t a[4], b[4];
+
+    for (; len >= sizeof(a); len -= sizeof(a), to += sizeof(a), from += sizeof(a)) {
+        memcpy(a, to, sizeof(a));
+        memcpy(b, from, sizeof(b));
+        for (int i = 0; i < 4; i++) {
+            a[i] |= b[i];
+        }
+        memcpy(to, a, sizeof(a));
+    }
+    for (; len > 0; len--) {
+        *to++ |= *from++;
+    }
+}
+
 /* Both on one grid of pages, bytes on bytes: the usual case. */
 static bool
 merge_bytes(const struct vs_bitmap *to, const struct vs_bitmap *from)
@@ -69,9 +88,7 @@ merge_bytes(const struct vs_bitmap *to, const struct vs_bitmap *from)
         return false;
     }
     whole = from->pages / 8;
-    for (uint64_t i = 0; i < whole; i++) {
-        to->bits[first / 8 + i] |= from->bits[i];
-    }
+    or_bytes(to->bits + first / 8, from->bits, whole);
     if (from->pages % 8 != 0) {
         to->bits[first / 8 + whole] |= from->bits[whole] & (uint8_t)((1U << from->pages % 8) - 1);
     }
