@@ -10,15 +10,20 @@ import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 
+import trio
+
 from vfu_server import dma, uapi
 from vfu_server.dma import MapKind
-from vfu_server.errors import ClientError, HostError
+from vfu_server.errors import ClientError, DeadlineError, HostError
 from vfu_server.host_device import DmaMap, HostDevice
 from vfu_server.libvfio_user.context import Context, Message
 from vfu_server.libvfio_user.door import MAX_DMA_MAPS
 from vfu_server.session_peers import Peers
 
 log = logging.getLogger(__name__)
+
+LENT_DEADLINE = 3.0
+"""Seconds that a map or unmap waits for scratch memory to go."""
 
 EVERYTHING = (1 << 64) - 1
 
@@ -64,6 +69,7 @@ class ClientMemory:
 
     async def map(self, message: Message) -> bytes:
         """A DMA_MAP without fd, with an odd one, or one that C could not make."""
+        await self._settled()
         fd = message.fds[0] if message.fds else -1
         wanted = dma.parse_dma_map(message.payload, fd)
         if message.tried:
@@ -87,6 +93,13 @@ class ClientMemory:
             self._note_unreachable(wanted)
         return b""
 
+    async def _settled(self) -> None:
+        """Wait while a save or a load has memory of the server's in the client's address space."""
+        with trio.move_on_after(LENT_DEADLINE):
+            await self._host.native.settled.wait()
+            return
+        raise DeadlineError(f"the device uses memory of the server's for longer than {LENT_DEADLINE} s", errno.EBUSY)
+
     async def _make(self, wanted: DmaMap, kind: MapKind = MapKind.MEMORY) -> None:
         try:
             await self._host.dma_map(wanted)
@@ -107,7 +120,8 @@ class ClientMemory:
         self._route_unmaps()
 
     async def unmap(self, message: Message) -> bytes:
-        """A DMA_UNMAP while unmaps come up: a log must know first, or there are odd maps that may go."""
+        """A DMA_UNMAP that came up: memory of ours is lent, a log must know first, or odd maps may go."""
+        await self._settled()
         wanted = dma.parse_dma_unmap(message.payload, uapi.MAX_DATA_XFER_SIZE)
         if wanted.page_size:
             raise ClientError("DMA_UNMAP with a dirty bitmap: ask by DMA_LOGGING_REPORT before the unmap")

@@ -22,7 +22,7 @@ def _folder():
 
 
 @contextmanager
-def _running(model, *arguments, scale):
+def running(model, *arguments, scale):
     with _folder() as folder, Served(folder, model, *arguments, time_scale=scale) as server:
         yield server
         assert server.end()[0] == 0, server.log
@@ -38,25 +38,25 @@ def folder():
 
 @pytest.fixture(scope="session")
 def edu_source():
-    with _running("edu", scale=EDU_SCALE) as server:
+    with running("edu", scale=EDU_SCALE) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def edu_target():
-    with _running("edu", scale=EDU_SCALE) as server:
+    with running("edu", scale=EDU_SCALE) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def ioat_source():
-    with _running("ioat", "--channels", "2", scale=1.0) as server:
+    with running("ioat", "--channels", "2", scale=1.0) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def ioat_target():
-    with _running("ioat", "--channels", "2", scale=1.0) as server:
+    with running("ioat", "--channels", "2", scale=1.0) as server:
         yield server
 
 

@@ -56,36 +56,54 @@ async def scratch_memory(
 ) -> AsyncIterator[Scratch]:
     """Map `size` bytes (rounded up to pages) of fresh zeroed memory for the device below `limit`, in a `usable` range.
 
-    Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back.
+    Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back. Maps and
+    unmaps of the client wait meanwhile.
     """
     size = -(-size // PAGE_SIZE) * PAGE_SIZE
-    iova = find_place(door.dma_maps(0, min(limit, ALL_IOVAS[0][1])), size, limit, usable)
-    aside: list[DmaMap] = []
-    if iova is None:
-        iova = highest_place(size, limit, usable)
+    with door.lending():
+        iova = find_place(door.dma_maps(0, min(limit, ALL_IOVAS[0][1])), size, limit, usable)
+        taken = iova is None
+        if iova is None:
+            iova = highest_place(size, limit, usable)
         if iova is None:
             raise HostError(f"no room for {size} bytes of scratch memory below {limit:#x}")
-        aside = [_keep(m) for m in door.dma_maps(iova, size)]
+        aside: list[DmaMap] = []
+        try:
+            if taken:
+                await _step_aside(door, iova, size, aside)
+            async with _mapped(door, iova, size) as memory:
+                yield Scratch(iova, memory)
+        except OSError as error:
+            text = f"no scratch memory for the device at iova {iova:#x}: {error.strerror}"
+            raise HostError(text, error.errno) from error
+        finally:
+            with trio.CancelScope(shield=True):
+                await _put_back(door, aside)
+
+
+@asynccontextmanager
+async def _mapped(door: NativeDoor, iova: int, size: int) -> AsyncIterator[memoryview]:
     fd = os.memfd_create("vfu-scratch", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
-        for m in aside:
-            await trio.to_thread.run_sync(door.dma_unmap, m.iova, m.size)
         # Unmapped when the last view of it is gone: a plugin may have kept one.
         memory = memoryview(mmap.mmap(fd, size))
-        mine = DmaMap(iova, size, DMA_FLAG_READ | DMA_FLAG_WRITE, fd)
-        await trio.to_thread.run_sync(door.dma_map, mine)
+        await trio.to_thread.run_sync(door.dma_map, DmaMap(iova, size, DMA_FLAG_READ | DMA_FLAG_WRITE, fd))
         try:
-            yield Scratch(iova, memory)
+            yield memory
         finally:
             with trio.CancelScope(shield=True), suppress(OSError):
                 await trio.to_thread.run_sync(door.dma_unmap, iova, size)
-    except OSError as error:
-        raise HostError(f"no scratch memory for the device at iova {iova:#x}: {error.strerror}", error.errno) from error
     finally:
         os.close(fd)
-        with trio.CancelScope(shield=True):
-            await _put_back(door, aside)
+
+
+async def _step_aside(door: NativeDoor, iova: int, size: int, aside: list[DmaMap]) -> None:
+    """Unmap what touches the range; `aside` is what has to come back, also when this fails half-way."""
+    with trio.CancelScope(shield=True):
+        for m in door.dma_maps(iova, size):
+            aside.append(_keep(m))
+            await trio.to_thread.run_sync(door.dma_unmap, m.iova, m.size)
 
 
 def _keep(m: DmaMap) -> DmaMap:

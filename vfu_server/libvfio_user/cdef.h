@@ -30,6 +30,7 @@ int vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t
 int vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped);
 int vs_door_dma_unmap_all(struct vs_door *door);
 size_t vs_door_dma_list(struct vs_door *door, uint64_t iova, uint64_t size, struct vs_map *maps, size_t max);
+void vs_door_lend(struct vs_door *door, int by);
 bool vs_door_gone(struct vs_door *door);
 void vs_door_numbers(struct vs_door *door, uint64_t numbers[4]);
 struct vs_door *vs_local_open(size_t max_maps);

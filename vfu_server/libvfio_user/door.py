@@ -5,8 +5,12 @@ short.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import trio
 
 from vfu_server.host_device import DmaMap
 from vfu_server.libvfio_user.native import check, ffi, lib
@@ -30,6 +34,10 @@ class NativeDoor:
 
     def __init__(self, pointer: Any) -> None:
         self.pointer = pointer
+        self.settled = trio.Event()
+        """No memory of the server's is lent to the device: the client's maps and unmaps can be done."""
+        self.settled.set()
+        self._lent = 0
         self._closed = False
 
     @property
@@ -56,6 +64,21 @@ class NativeDoor:
     def dma_unmap_all(self) -> None:
         """Remove all maps."""
         check(lib.vs_door_dma_unmap_all(self.pointer))
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """For the time of the `with` the client's maps and unmaps come up as messages, which wait for `settled`."""
+        if not self._lent:
+            self.settled = trio.Event()
+        self._lent += 1
+        lib.vs_door_lend(self.pointer, 1)
+        try:
+            yield
+        finally:
+            lib.vs_door_lend(self.pointer, -1)
+            self._lent -= 1
+            if not self._lent:
+                self.settled.set()
 
     def dma_maps(self, iova: int = 0, size: int = (1 << 64) - 1) -> list[DmaMap]:
         """The maps that touch the range, by iova. Their fds stay the door's: use them before the next unmap, or

@@ -88,8 +88,8 @@ check_range(uint64_t iova, uint64_t size)
     return iova + (size - 1) < iova ? -EOVERFLOW : 0;
 }
 
-int
-vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset)
+static int
+add_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset, bool client)
 {
     struct vs_map map = { .iova = iova, .size = size, .prot = prot, .fd = fd, .fd_offset = fd_offset };
     size_t at;
@@ -106,7 +106,9 @@ vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t pro
     }
     pthread_mutex_lock(&door->dma_lock);
     at = first_behind(door, iova);
-    if (at < door->nr_maps && door->maps[at].iova <= iova + (size - 1)) {
+    if (client && door->lent > 0) {
+        ret = -EAGAIN;
+    } else if (at < door->nr_maps && door->maps[at].iova <= iova + (size - 1)) {
         ret = -EEXIST;
     } else if (door->nr_maps >= door->max_maps) {
         ret = -ENOSPC;
@@ -128,6 +130,18 @@ vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t pro
     }
     pthread_mutex_unlock(&door->dma_lock);
     return ret;
+}
+
+int
+vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset)
+{
+    return add_map(door, iova, size, prot, fd, fd_offset, false);
+}
+
+int
+vs_door_client_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset)
+{
+    return add_map(door, iova, size, prot, fd, fd_offset, true);
 }
 
 /* Removes maps [first, last). The first error is reported, but every map leaves the table: the client's view must not differ. */
@@ -156,8 +170,8 @@ remove_maps(struct vs_door *door, size_t first, size_t last, uint64_t *unmapped)
     return ret;
 }
 
-int
-vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped)
+static int
+remove_range(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped, bool client)
 {
     size_t first, last;
     int ret = check_range(iova, size);
@@ -169,7 +183,8 @@ vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *
     pthread_mutex_lock(&door->dma_lock);
     first = first_behind(door, iova);
     last = first;
-    while (last < door->nr_maps && door->maps[last].iova <= iova + (size - 1)) {
+    ret = client && door->lent > 0 ? -EAGAIN : 0;
+    while (ret == 0 && last < door->nr_maps && door->maps[last].iova <= iova + (size - 1)) {
         const struct vs_map *map = &door->maps[last];
 
         if (map->iova < iova || map->iova + (map->size - 1) > iova + (size - 1)) {
@@ -186,15 +201,49 @@ vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *
 }
 
 int
-vs_door_dma_unmap_all(struct vs_door *door)
+vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped)
+{
+    return remove_range(door, iova, size, unmapped, false);
+}
+
+int
+vs_door_client_unmap(struct vs_door *door, uint64_t iova, uint64_t size)
+{
+    uint64_t unmapped;
+
+    return remove_range(door, iova, size, &unmapped, true);
+}
+
+static int
+remove_all(struct vs_door *door, bool client)
 {
     uint64_t unmapped = 0;
     int ret;
 
     pthread_mutex_lock(&door->dma_lock);
-    ret = remove_maps(door, 0, door->nr_maps, &unmapped);
+    ret = client && door->lent > 0 ? -EAGAIN : remove_maps(door, 0, door->nr_maps, &unmapped);
     pthread_mutex_unlock(&door->dma_lock);
     return ret;
+}
+
+int
+vs_door_dma_unmap_all(struct vs_door *door)
+{
+    return remove_all(door, false);
+}
+
+int
+vs_door_client_unmap_all(struct vs_door *door)
+{
+    return remove_all(door, true);
+}
+
+void
+vs_door_lend(struct vs_door *door, int by)
+{
+    pthread_mutex_lock(&door->dma_lock);
+    door->lent += (unsigned)by;
+    pthread_mutex_unlock(&door->dma_lock);
 }
 
 size_t

@@ -41,6 +41,7 @@ struct vs_door {
     pthread_mutex_t dma_lock;   /* maps; held while the IOMMU or peer works on one */
     struct vs_map *maps;        /* sorted by iova, no overlap */
     size_t nr_maps, cap_maps, max_maps;
+    unsigned lent;              /* scratch memory is among the maps, and some of the client's may have stepped aside */
     atomic_size_t fdless_maps;  /* those that are reached by messages */
     atomic_ullong dma_bytes;
     atomic_ullong requests, errors;
@@ -56,6 +57,16 @@ int vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t
 /* Removes every map inside the range; cutting one is -EINVAL and removes nothing. `*unmapped`: bytes. */
 int vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped);
 int vs_door_dma_unmap_all(struct vs_door *door);
+/*
+ * The same for the client. While memory is lent to the device they do nothing
+ * but answer -EAGAIN: what was lent must not go, and what has stepped aside
+ * would come back after its unmap.
+ */
+int vs_door_client_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset);
+int vs_door_client_unmap(struct vs_door *door, uint64_t iova, uint64_t size);
+int vs_door_client_unmap_all(struct vs_door *door);
+/* Begins (1) or ends (-1) a time in which memory is lent. */
+void vs_door_lend(struct vs_door *door, int by);
 /* Copies up to `max` maps that touch the range, in order; returns how many there are. fds stay the door's. */
 size_t vs_door_dma_list(struct vs_door *door, uint64_t iova, uint64_t size, struct vs_map *maps, size_t max);
 

@@ -89,7 +89,10 @@ dma_map(struct vs_device *device, struct vs_event *held)
     if (held->nr_fds == 0 || (map.flags & ~3U) != 0 || fstat(held->fds[0], &st) < 0 || !S_ISREG(st.st_mode)) {
         return TO_PYTHON;
     }
-    ret = vs_door_dma_map(device->door, map.addr, map.size, map.flags, held->fds[0], map.offset);
+    ret = vs_door_client_map(device->door, map.addr, map.size, map.flags, held->fds[0], map.offset);
+    if (ret == -EAGAIN) {
+        return TO_PYTHON;       /* to wait there */
+    }
     if (ret == -ENOSPC || ret == -ENOMEM || ret == -EFAULT) {
         held->header.error = (uint32_t)-ret;    /* the host's limits, told with their cure; not tried again */
         return TO_PYTHON;
@@ -111,7 +114,6 @@ static enum served
 dma_unmap(struct vs_device *device, struct vs_event *held)
 {
     struct vfio_user_dma_unmap unmap;
-    uint64_t unmapped = 0;
     int ret;
 
     if (held->len < sizeof(unmap) || held->nr_fds > 0) {
@@ -123,11 +125,14 @@ dma_unmap(struct vs_device *device, struct vs_event *held)
         return TO_PYTHON;
     }
     if (unmap.flags == 0) {
-        ret = vs_door_dma_unmap(device->door, unmap.addr, unmap.size, &unmapped);
+        ret = vs_door_client_unmap(device->door, unmap.addr, unmap.size);
     } else if (unmap.flags == 2 && unmap.addr == 0 && unmap.size == 0) {
-        ret = vs_door_dma_unmap_all(device->door);
+        ret = vs_door_client_unmap_all(device->door);
     } else {
         ret = -EINVAL;
+    }
+    if (ret == -EAGAIN) {
+        return TO_PYTHON;
     }
     if (ret < 0) {
         refuse(device, &held->header, -ret, "DMA_UNMAP was refused");
