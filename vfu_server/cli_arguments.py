@@ -54,6 +54,7 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
         SourceKind.BDF: arguments.bdf,
         SourceKind.MODEL: arguments.model,
         SourceKind.DEVICE_SOCKET: arguments.device_socket,
+        SourceKind.MDEV: arguments.mdev,
     }
     used = [kind for kind, values in by_kind.items() if values]
     if len(used) > 1:
@@ -122,7 +123,7 @@ def _names(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         name = plain = config.check_name(config.default_name(source))
         number = 2
-        while name in names and source.kind is not SourceKind.BDF:
+        while name in names and source.kind not in (SourceKind.BDF, SourceKind.MDEV):
             name = f"{plain}-{number}"
             number += 1
         names.append(name)

@@ -49,7 +49,8 @@ def build() -> argparse.ArgumentParser:
     """The parser. Options that were not given are None or empty, so that a configuration file can tell."""
     parser = Parser(
         prog="vfu-server",
-        usage="%(prog)s [--plugin NAME] (--bdf BDF | --model NAME | --device-socket PATH | --config FILE) [options]",
+        usage="%(prog)s [--plugin NAME] "
+        "(--bdf BDF | --model NAME | --device-socket PATH | --mdev UUID | --config FILE) [options]",
         description="Present a PCI device to QEMU over vfio-user, so that it can be live-migrated. A plugin knows\n"
         "the hardware; the server enforces which accesses are allowed in which migration state.",
         epilog=_epilog(),
@@ -89,6 +90,13 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a device that another vfio-user server serves at PATH",
+    )
+    group.add_argument(
+        "--mdev",
+        metavar="UUID",
+        action="append",
+        default=[],
+        help="a mediated device of a driver in the kernel, by its UUID; repeat it to serve several",
     )
     group.add_argument(
         "--option",

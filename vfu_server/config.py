@@ -16,6 +16,7 @@ DIRTY_TRACKING_MODES = ("auto", "all")
 MAX_NAME = 64
 
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]*")
 
 
@@ -25,11 +26,14 @@ class SourceKind(enum.Enum):
     BDF = "bdf"
     MODEL = "model"
     DEVICE_SOCKET = "device-socket"
+    MDEV = "mdev"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a device comes from: a PCI address, the name of a plugin's model, or another vfio-user server's socket."""
+    """Where a device comes from: a PCI address, the name of a plugin's model, another vfio-user server's socket, or the
+    UUID of a mediated device.
+    """
 
     kind: SourceKind
     value: str
@@ -72,19 +76,23 @@ class ServerConfig:
 
 
 def source(kind: SourceKind, value: str) -> Source:
-    """A checked source. A PCI address comes out in full, lower case. Raises UsageError."""
+    """A checked source. A PCI address comes out in full, it and a UUID in lower case. Raises UsageError."""
     if kind is SourceKind.BDF:
         match = _BDF.fullmatch(value.lower())
         if match is None:
             raise UsageError(f"{value!r} is no PCI address: give it as lspci -D prints it, for instance 0000:3b:00.1")
         value = f"{match[1] or '0000'}:{match[2]}:{match[3]}.{match[4]}"
+    elif kind is SourceKind.MDEV:
+        value = value.lower()
+        if _UUID.fullmatch(value) is None:
+            raise UsageError(f"{value!r} is no mediated device: give its UUID, as /sys/bus/mdev/devices lists it")
     elif not value:
         raise UsageError(f"an empty --{kind.value} names nothing")
     return Source(kind, value)
 
 
 def default_name(where: Source) -> str:
-    """A device's name when nobody gave one: the PCI address, the model, or the last part of the socket's path."""
+    """A device's name when nobody gave one: the PCI address, model or UUID, or the last part of the socket's path."""
     if where.kind is not SourceKind.DEVICE_SOCKET:
         return where.value
     stem = where.value.rpartition("/")[2].removesuffix(".sock").removesuffix(".socket")
@@ -129,11 +137,12 @@ def is_template(path: str) -> bool:
 def check_devices(devices: Sequence[DeviceConfig]) -> None:
     """Refuse devices that get in each other's way. Raises UsageError."""
     _refuse_twins("name", [device.name for device in devices], "give each a name of its own (name = in --config)")
-    _refuse_twins(
-        "--bdf",
-        [d.source.value for d in devices if d.source.kind is SourceKind.BDF],
-        "a device can be served only once",
-    )
+    for kind in (SourceKind.BDF, SourceKind.MDEV):
+        _refuse_twins(
+            f"--{kind.value}",
+            [d.source.value for d in devices if d.source.kind is kind],
+            "a device can be served only once",
+        )
     _refuse_twins(
         "--socket-path",
         [device.socket_path for device in devices if device.socket_path],

@@ -4,7 +4,7 @@ It must not know the command line. The form:
 
     [server]                      log-level, log-format, socket-group
     [defaults]                    any field of a device but name, source, fd and vf-token; for all devices
-    [[device]]                    name, plugin, one of bdf / model / device-socket, socket-path or fd,
+    [[device]]                    name, plugin, one of bdf / model / device-socket / mdev, socket-path or fd,
                                   mmap, dirty-tracking, allow-p2p, require-migration, vf-token
     [device.options]              what --option gives, for this device
 """

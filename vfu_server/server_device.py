@@ -170,6 +170,10 @@ async def open_host(source: Source, config: DeviceConfig) -> HostDevice:
         from vfu_server.host.kernel import open_bdf
 
         return await open_bdf(source.value, vf_token=config.vf_token, vfio_fd=config.vfio_fd, iommu_fd=config.iommufd)
+    if source.kind is SourceKind.MDEV:
+        from vfu_server.host.kernel import open_mdev
+
+        return await open_mdev(source.value)
     from vfu_server.host.vfio_user import VfioUserHost
 
     return await VfioUserHost.open(source.value, config.name)

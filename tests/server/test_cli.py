@@ -18,6 +18,9 @@ def parse(*arguments):
     return cli_arguments.server_config(cli_parser.build().parse_args(arguments))
 
 
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
 def bdf(address) -> Source:
     return Source(SourceKind.BDF, address)
 
@@ -68,7 +71,16 @@ def test_device_socket_gives_a_name() -> None:
     assert parse("--device-socket", "/run/..sock").devices[0].name == "device"
 
 
+def test_mediated_devices() -> None:
+    config = parse("--mdev", UUID.upper(), "--mdev", UUID.replace("5", "6"), "--plugin", "vfio")
+    assert [device.name for device in config.devices] == [UUID, UUID.replace("5", "6")]
+    assert config.devices[0].source == Source(SourceKind.MDEV, UUID)
+
+
 REFUSED = [
+    (("--mdev", "mtty"), "'mtty' is no mediated device: give its UUID"),
+    (("--mdev", UUID, "--mdev", UUID.upper()), f"two devices have name {UUID}"),
+    (("--mdev", UUID, "--bdf", "3b:00.1"), "--bdf and --mdev exclude each other"),
     ((), "no device is named: give --bdf, --model (no hardware needed) or --device-socket"),
     (("--bdf", "nic0"), "'nic0' is no PCI address: give it as lspci -D prints it, for instance 0000:3b:00.1"),
     (("--bdf", "3b:00.8"), "is no PCI address"),

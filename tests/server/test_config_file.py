@@ -93,10 +93,10 @@ ONE = '[[device]]\nmodel = "edu"\n'
         ('[device]\nmodel = "edu"\n', "1: device: must be an array of tables, not {"),
         ("device = [ 1 ]\n", "1: device[0]: must be a table"),
         (ONE + ONE + "x = 1\n", "5: device[1].x: unknown; here may stand: name, fd, bdf, model, device-socket, "),
-        (ONE + 'bdf = "3b:00.0"\n', "1: device[0]: a device needs exactly one of bdf, model, device-socket; "),
+        (ONE + 'bdf = "3b:00.0"\n', "1: device[0]: a device needs exactly one of bdf, model, device-socket, mdev; "),
         (
             '[[device]]\nname = "a"\n',
-            "1: device[0]: a device needs exactly one of bdf, model, device-socket; this one has n",
+            "1: device[0]: a device needs exactly one of bdf, model, device-socket, mdev; this one has n",
         ),
         (
             '[[device]]\nbdf = "3b:00.9"\n',
