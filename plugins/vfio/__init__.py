@@ -1,4 +1,4 @@
-"""Any function as it is: every access passed on, nothing known of its state, not migratable.
+"""Any function as it is: every access passed on, nothing known of its state; migrated, if at all, by its kernel driver.
 
 The hooks by which the server meets this plugin; what they need is imported when they are called.
 """
@@ -13,15 +13,15 @@ VFU_SERVER_API = 1
 VFU_SERVER_BY_NAME_ONLY = True
 """It would take every device there is, also those that another plugin could migrate."""
 
-SUMMARY = "Any function as it is, as plain vfio-pci would give it to a guest; not migratable, by --plugin vfio only"
+SUMMARY = "Any function as it is; migrated only if its driver in the kernel does that; by --plugin vfio only"
 
 
 @hookimpl
 def vfu_server_probe(host: HostDevice, options: Mapping[str, str]) -> Device | None:
     """Take the device, whatever it is."""
-    from plugins.vfio.device import PlainFunction, parse_options
+    from plugins.vfio.device import device_for, parse_options
 
-    return PlainFunction(host, parse_options(options))
+    return device_for(host, serve_unreset=parse_options(options))
 
 
 @hookimpl

@@ -1,6 +1,6 @@
-"""A function as it is, under the server's care: presented, reset, never stopped, since it offers no migration.
+"""A function as it is, under the server's care: presented, reset, and migrated if its driver in the kernel does that.
 
-It must not know any hardware; what its regions may be used for is `layout`'s.
+It must not know any hardware; what its regions may be used for is `layout`'s, how a driver migrates is the kit's.
 """
 
 import logging
@@ -10,16 +10,17 @@ from plugins.vfio.layout import msix_table, policy_of
 from vfu_server.device import Capabilities, Device, SavePhase, Section, Sink, StateIdentity, StopKind
 from vfu_server.errors import StateError, UsageError
 from vfu_server.host_device import HostDevice
+from vfu_server.kernel_migration import KernelMigrationDevice, migration_of
 from vfu_server.policy import Policy
-from vfu_server.uapi import PCI_CFG_SPACE_SIZE, RegionIndex
+from vfu_server.uapi import MIGRATION_P2P, PCI_CFG_SPACE_SIZE, RegionIndex
 
 log = logging.getLogger(__name__)
 
 WITHOUT_RESET = "without-reset"
 CHOICES = ("refuse", "serve")
 REASON = (
-    "plugin vfio knows the state of no device, and that a function's own kernel driver migrates it (vfu-server doctor "
-    "tells) is not made use of yet"
+    "plugin vfio knows the state of no device, and this one's kernel driver does not migrate it (vfu-server doctor "
+    "names one that would, if there is any)"
 )
 
 
@@ -37,14 +38,39 @@ def parse_options(options: Mapping[str, str]) -> bool:
     return said == "serve"
 
 
-class PlainFunction(Device):
+def device_for(host: HostDevice, *, serve_unreset: bool = False) -> Device:
     """Any function. `serve_unreset`: without a reset, the next client gets it as the last one has left it."""
+    header = host.read_block(RegionIndex.CONFIG, 0, min(PCI_CFG_SPACE_SIZE, host.regions[RegionIndex.CONFIG].size))
+    table = msix_table(header)
+    door = migration_of(host)
+    if door is None:
+        return PlainFunction(host, policy_of(host.regions, table), serve_unreset=serve_unreset)
+    policy = policy_of(host.regions, table, p2p=bool(door.flags & MIGRATION_P2P))
+    return MigratedFunction(host, policy, serve_unreset=serve_unreset)
 
-    def __init__(self, host: HostDevice, serve_unreset: bool = False) -> None:
+
+class MigratedFunction(KernelMigrationDevice):
+    """A function that its driver in the kernel migrates."""
+
+    def __init__(self, host: HostDevice, policy: Policy, *, serve_unreset: bool) -> None:
+        super().__init__(host, policy)
+        self._serve_unreset = serve_unreset
+
+    async def reset(self) -> None:
+        if self.host.can_reset or not self._serve_unreset:
+            await super().reset()
+        else:
+            _warn(self.host)
+            await self.run_again()
+
+
+class PlainFunction(Device):
+    """A function that nobody can migrate."""
+
+    def __init__(self, host: HostDevice, policy: Policy, *, serve_unreset: bool) -> None:
         super().__init__(host)
         self._serve_unreset = serve_unreset
-        header = host.read_block(RegionIndex.CONFIG, 0, min(PCI_CFG_SPACE_SIZE, host.regions[RegionIndex.CONFIG].size))
-        self._policy = policy_of(host.regions, msix_table(header))
+        self._policy = policy
 
     @property
     def identity(self) -> StateIdentity:
@@ -62,7 +88,7 @@ class PlainFunction(Device):
         if self.host.can_reset or not self._serve_unreset:
             await self.host.reset()
         else:
-            log.warning("%s has no reset: the next client gets it as it was left", self.host.name)
+            _warn(self.host)
 
     # What migration alone calls: the server offers none for this device.
 
@@ -80,6 +106,10 @@ class PlainFunction(Device):
 
     async def load_done(self) -> None:
         raise _refusal()
+
+
+def _warn(host: HostDevice) -> None:
+    log.warning("%s has no reset: the next client gets it as it was left", host.name)
 
 
 def _refusal() -> StateError:

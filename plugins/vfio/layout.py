@@ -66,13 +66,15 @@ def msix_table(header: bytes) -> MsixTable | None:
     return None
 
 
-def policy_of(regions: Sequence[RegionInfo], table: MsixTable | None) -> Policy:
+def policy_of(regions: Sequence[RegionInfo], table: MsixTable | None, *, p2p: bool = False) -> Policy:
     """Pass everything while the function runs, drop it while it does not; mapped where the kernel allows it.
 
-    The pages of the MSI-X table are never mapped: QEMU keeps the table itself, and so does the kernel.
+    The pages of the MSI-X table are never mapped: QEMU keeps the table itself, and so does the kernel. `p2p`: the
+    function's driver can hold its DMA back and still take accesses.
     """
     rules = [rule for region in regions for rule in _region_rules(region, table)]
-    return Policy(tuple(rules), p2p=False, p2p_reason="nobody knows how to keep its own DMA back")
+    reason = "" if p2p else "nobody knows how to keep its own DMA back"
+    return Policy(tuple(rules), p2p=p2p, p2p_reason=reason)
 
 
 def _region_rules(region: RegionInfo, table: MsixTable | None) -> Iterator[Rule]:

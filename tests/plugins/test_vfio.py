@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trio.testing import trio_test
 
 import plugins.vfio
-from plugins.vfio.device import PlainFunction, parse_options
+from plugins.vfio.device import PlainFunction, device_for, parse_options
 from plugins.vfio.layout import MsixTable, msix_table, policy_of
 from tests.plugins.fake_host import FakeEdu, FakeHost
 from vfu_server.device import SavePhase, Section, StopKind
@@ -154,11 +154,11 @@ def test_nothing_reaches_the_hardware_unless_it_runs() -> None:
 async def test_reset_is_the_functions_own() -> None:
     host = FakeHost()
     host.can_reset = True
-    await PlainFunction(host, parse_options({"without-reset": "serve"})).reset()
+    await device_for(host, serve_unreset=parse_options({"without-reset": "serve"})).reset()
     assert host.resets == 1
     host.reset_error = HostError("it did not come back")
     with pytest.raises(HostError, match="did not come back"):
-        await PlainFunction(host).reset()
+        await device_for(host).reset()
 
 
 @trio_test
@@ -168,15 +168,15 @@ async def test_function_without_reset_is_kept_from_the_next_client_unless_the_op
     host = FakeHost()
     host.reset_error = HostError("there is no reset")
     with pytest.raises(HostError, match="there is no reset"):
-        await PlainFunction(host).reset()
+        await device_for(host).reset()
     with caplog.at_level(logging.WARNING):
-        await PlainFunction(host, parse_options({"without-reset": "serve"})).reset()
+        await device_for(host, serve_unreset=parse_options({"without-reset": "serve"})).reset()
     assert "as it was left" in caplog.text
 
 
 @trio_test
 async def test_no_migration_and_it_says_why() -> None:
-    device = PlainFunction(FakeHost())
+    device = device_for(FakeHost())
     can = device.capabilities
     assert (can.migratable, migration_flags(can)) == (False, 0)
     assert "kernel driver" in can.reason
