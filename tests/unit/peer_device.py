@@ -36,6 +36,8 @@ class PeerDevice(threading.Thread):
         self.sent = 0
         self.loaded = b""
         self.dirty = set()
+        self.pre_copy_left = None
+        """What it tells of its pre-copy, one (initial, dirty) after the other, the last again and again."""
         self.maps = {}
         self.eventfds = {}
         self.kept = 0
@@ -72,7 +74,10 @@ class PeerDevice(threading.Thread):
                 continue
             flags = HeaderFlag.REPLY | (HeaderFlag.ERROR if error else 0)
             head = uapi.HEADER.pack(msg_id, command, 16 + len(reply), flags, error)
-            socket.send_fds(self.sock, [head + reply], reply_fds)
+            try:
+                socket.send_fds(self.sock, [head + reply], reply_fds)
+            except BrokenPipeError:  # the client has not waited
+                break
 
     def close(self):
         self.sock.shutdown(socket.SHUT_RDWR)
@@ -190,6 +195,11 @@ class PeerDevice(threading.Thread):
             return payload[:8] + uapi.FEATURE_MIGRATION.pack(self.migration)
         if feature == Feature.MIG_DEVICE_STATE:
             return payload[:8] + uapi.FEATURE_STATE.pack(self.state, -1)
+        if feature == Feature.MIG_PRECOPY_INFO:
+            if self.pre_copy_left is None:
+                raise OSError(errno.EINVAL, "it does not tell")
+            left = self.pre_copy_left.pop(0) if len(self.pre_copy_left) > 1 else self.pre_copy_left[0]
+            return payload[:8] + uapi.FEATURE_PRECOPY_INFO.pack(24, 0, *left)
         if feature == Feature.DMA_LOGGING_REPORT:
             iova, length, page = uapi.FEATURE_LOGGING_REPORT.unpack(data)
             bits = sum(1 << (at - iova) // page for at in self.dirty if iova <= at < iova + length)

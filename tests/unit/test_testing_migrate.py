@@ -2,12 +2,15 @@
 
 import errno
 import socket
+import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
 
 from tests.unit.peer_device import REG_KEPT, REG_SIGNAL, PeerDevice
 from vfu_server import uapi
+from vfu_server.errors import DeadlineError
 from vfu_server.testing import Client, Guest, GuestMemory, ReplyError, migrate, migrate_guest
 from vfu_server.uapi import Command, IrqIndex, MigState
 
@@ -80,6 +83,79 @@ def test_after_a_failure_the_source_runs(two, which, what):
     assert source_device.state == MigState.RUNNING
     assert any("failed in step" in note for note in caught.value.__notes__)
     assert "the source runs again" in caught.value.__notes__
+
+
+@pytest.mark.parametrize(
+    ("told", "rounds"),
+    [
+        (None, 1),
+        ([(250, 0), (0, 0)], 1),
+        ([(250, 0), (0, 1 << 20)], 1),
+        ([(250, 0), (0, 5 << 20), (0, 3 << 20), (0, 1 << 20)], 3),
+        ([(250, 0), (100, 0), (50, 9 << 20), (0, 100)], 3),
+        ([(250, 0), (0, 5 << 20)], 3),
+        ([(0, 9 << 20), (0, 9 << 20), (0, 8 << 20), (0, 8 << 20), (0, 8 << 20), (0, 8 << 20)], 5),
+    ],
+)
+def test_pre_copy_goes_on_in_rounds_while_that_leaves_less(two, told, rounds):
+    source, source_device, destination, _ = two
+    source_device.pre_copy_left = told
+    record = migrate(source, destination)
+    assert record.rounds == rounds
+    assert (record.pre_copy_bytes, record.stop_copy_bytes) == (250, 4)
+
+
+def test_a_device_that_never_gets_smaller_enough_is_stopped_after_all(two):
+    source, source_device, destination, _ = two
+    source_device.pre_copy_left = [(0, (100 - n) << 20) for n in range(90)]
+    assert migrate(source, destination).rounds == 30
+
+
+def test_a_round_ends_where_it_was_expected_to(two):
+    source, source_device, destination, _ = two
+    source_device.saved = bytes(5000)
+    source_device.pre_copy_left = [(1000, 0), (1000, 0), (0, 0)]
+    assert migrate(source, destination, chunk=100).pre_copy_bytes == 2 * 1100
+
+
+def test_progress_is_told(two):
+    source, source_device, destination, _ = two
+    source_device.pre_copy_left = [(250, 0), (0, 0)]
+    told = []
+    migrate(source, destination, chunk=100, tell=told.append)
+    assert [p.state_bytes for p in told if p.step == "pre-copy data"] == [0, 100, 200, 250]
+    assert [p.left for p in told if p.step == "pre-copy data"] == [None, 150, 50, 0]
+    assert told[-1].step == "source STOP"
+    assert told[-1].state_bytes == 254
+
+
+def test_a_first_pass_that_stalls_is_given_up(two, monkeypatch):
+    source, source_device, destination, _ = two
+    monkeypatch.setattr(sys.modules[migrate.__module__], "FIRST_PASS_DEADLINE", 0.0)
+    source_device.saved, source_device.pre_copy_left = b"", [(250, 0)]
+    with pytest.raises(DeadlineError, match="250 bytes of its first pass"):
+        migrate(source, destination)
+    assert source_device.state == MigState.RUNNING
+
+
+def test_a_destination_that_does_not_answer_is_dropped_before_the_source_runs(two):
+    source, source_device, destination, destination_device = two
+    order, released = [], threading.Event()
+    enter, leave = source_device._enter, destination.close
+
+    def hang(state):
+        if state == MigState.RUNNING:
+            released.wait(5)
+
+    destination_device._enter = hang
+    source_device._enter = lambda state: (order.append(state), enter(state))
+    destination.close = lambda: (order.append("closed"), leave())
+    destination.timeout = 0.2
+    with pytest.raises(DeadlineError) as caught:
+        migrate(source, destination)
+    released.set()
+    assert order == [MigState.PRE_COPY, MigState.STOP_COPY, "closed", MigState.RUNNING]
+    assert "the destination did not say whether it runs: its connection was closed" in caught.value.__notes__
 
 
 def test_a_source_that_cannot_run_again_is_told_with_the_first_failure(two):

@@ -15,7 +15,17 @@ from vfu_server.testing.edu import EduDriver
 from vfu_server.testing.guest import Guest
 from vfu_server.testing.interrupts import Interrupts
 from vfu_server.testing.memory import GuestMemory
-from vfu_server.testing.migrate import MigrationRecord, Step, VmmPart, load, migrate, migrate_guest, save, save_early
+from vfu_server.testing.migrate import (
+    MigrationRecord,
+    Progress,
+    Step,
+    VmmPart,
+    load,
+    migrate,
+    migrate_guest,
+    save,
+    save_early,
+)
 from vfu_server.testing.wire import (
     Connection,
     ConnectionClosedError,
@@ -39,6 +49,7 @@ __all__ = [
     "Memory",
     "Message",
     "MigrationRecord",
+    "Progress",
     "ProtocolError",
     "ReplyError",
     "Step",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfu_server import uapi
+from vfu_server.device import PrecopyInfo
 from vfu_server.host_device import IrqInfo, MmapArea, RegionInfo
 from vfu_server.testing.wire import Connection, ProtocolError, ReplyError
 from vfu_server.uapi import Command, Feature, HeaderFlag, MigState
@@ -295,6 +296,15 @@ class Client(Connection):
         _expect_length("feature MIG_DATA_SIZE", data, uapi.FEATURE_DATA_SIZE.size)
         return int(uapi.FEATURE_DATA_SIZE.unpack(data)[0])
 
+    def precopy_info(self) -> PrecopyInfo:
+        """Feature MIG_PRECOPY_INFO by GET: what a pre-copy has still to give. PRE_COPY and PRE_COPY_P2P only."""
+        data = self.feature_get(Feature.MIG_PRECOPY_INFO)
+        _expect_length("feature MIG_PRECOPY_INFO", data, uapi.FEATURE_PRECOPY_INFO.size)
+        argsz, flags, initial, dirty = uapi.FEATURE_PRECOPY_INFO.unpack(data)
+        if argsz != len(data):
+            raise ProtocolError(f"feature MIG_PRECOPY_INFO was answered argsz {argsz}")
+        return PrecopyInfo(initial, dirty, bool(flags & uapi.PRECOPY_INFO_REINIT))
+
     def mig_data_read(self, size: int = uapi.MAX_DATA_XFER_SIZE) -> bytes:
         """MIG_DATA_READ of up to `size` bytes; none is the end in STOP_COPY. ReplyError ENOMSG: nothing yet."""
         header = uapi.MIG_DATA.size
@@ -328,7 +338,7 @@ class Client(Connection):
     def dma_logging_report(self, iova: int, length: int, page_size: int = uapi.PAGE_SIZE) -> bytes:
         """The bitmap of pages written since the last report: bit k of its bytes is the page at iova + k * page_size."""
         head = uapi.FEATURE_LOGGING_REPORT.pack(iova, length, page_size)
-        words = (length // page_size + 63) // 64
+        words = (-(-length // page_size) + 63) // 64
         reply = self.feature_get(Feature.DMA_LOGGING_REPORT, head, len(head) + words * 8)
         if reply[: len(head)] != head or len(reply) != len(head) + words * 8:
             raise ProtocolError(f"DMA_LOGGING_REPORT for {words} words was answered with {len(reply)} bytes")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vfu_server import uapi
+from vfu_server.device import PrecopyInfo
+from vfu_server.errors import DeadlineError
 from vfu_server.testing.client import Client, dirty_pages
 from vfu_server.testing.guest import Guest
 from vfu_server.testing.wire import ReplyError
@@ -20,6 +22,13 @@ Result = TypeVar("Result")
 
 CHUNK = 1 << 20
 """As much as QEMU asks for at once."""
+SWITCH_OVER = 1 << 20
+"""Bytes left to give with which a pre-copy is good enough: the device is stopped for the rest."""
+MAX_ROUNDS = 30
+MAX_VAIN_ROUNDS = 3
+"""Rounds that may leave as much as the one before: a device that changes faster than it is read is stopped then."""
+FIRST_PASS_DEADLINE = 30.0
+"""Seconds without a byte after which a first pass that is not complete is given up."""
 _LOGGED_AT_ONCE = 1 << 34
 
 
@@ -40,10 +49,24 @@ class MigrationRecord:
     stop_copy_bytes: int
     memory_bytes: int
     downtime: float
+    rounds: int = 0
+    """Rounds of pre-copy."""
 
     def seconds(self, name: str) -> float:
         """Time of step `name`."""
         return sum(step.seconds for step in self.steps if step.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a migration is: the step that goes on, bytes of state so far, rounds of pre-copy, and what is about left
+    of it in bytes; None where the source does not tell.
+    """
+
+    step: str
+    state_bytes: int = 0
+    rounds: int = 0
+    left: int | None = None
 
 
 @dataclass(slots=True)
@@ -91,22 +114,35 @@ def migrate(
     vmm: VmmPart | None = None,
     pre_copy: bool | None = None,
     chunk: int = CHUNK,
+    tell: Callable[[Progress], None] = lambda _progress: None,
 ) -> MigrationRecord:
     """Move the state of the device behind `source` into the one behind `destination`.
 
-    PRE_COPY is used if both devices have it, unless `pre_copy` says. On success the destination is RUNNING and the
-    source STOP. On any failure the source is put back to RUNNING and the failure raised, with notes that say in which
-    step it came and what became of the source; the destination is left as it is, to be reset or dropped.
+    PRE_COPY is used if both devices have it, unless `pre_copy` says: in rounds, until little is left or nothing is
+    gained. `tell` is called at each step and for each chunk. On success the destination is RUNNING and the source STOP.
+    On any failure the source is put back to RUNNING and the failure raised, with notes that say in which step it came
+    and what became of the source; the destination is left as it is, to be reset or dropped. A destination that did not
+    answer whether it runs is dropped first: the two never run both.
     """
-    return _Migration(source, destination, vmm or VmmPart(), pre_copy, chunk).run()
+    return _Migration(source, destination, vmm or VmmPart(), pre_copy, chunk, tell).run()
 
 
 class _Migration:
-    def __init__(self, source: Client, destination: Client, vmm: VmmPart, pre_copy: bool | None, chunk: int) -> None:
+    def __init__(
+        self,
+        source: Client,
+        destination: Client,
+        vmm: VmmPart,
+        pre_copy: bool | None,
+        chunk: int,
+        tell: Callable[[Progress], None],
+    ) -> None:
         self.source, self.destination = source, destination
-        self.vmm, self.pre_copy, self.chunk = vmm, pre_copy, chunk
+        self.vmm, self.pre_copy, self.chunk, self.tell = vmm, pre_copy, chunk, tell
         self.steps: list[Step] = []
         self.step = "start"
+        self.state_bytes = self.rounds = 0
+        self.left: int | None = None
 
     def run(self) -> MigrationRecord:
         try:
@@ -122,17 +158,68 @@ class _Migration:
         self.timed("destination RESUMING", lambda: self.destination.set_mig_state(MigState.RESUMING))
         if self._wants_pre_copy():
             self.timed("source PRE_COPY", lambda: self.source.set_mig_state(MigState.PRE_COPY))
-            early = self.timed("pre-copy data", lambda: load(self.destination, save_early(self.source, self.chunk)))
+            early = self.timed("pre-copy data", self._pre_copy)
         stopped_at = time.monotonic()
         self.timed("source STOP_COPY", lambda: self.source.set_mig_state(MigState.STOP_COPY))
         memory += self.timed("memory", self.vmm.stopped)
-        late = self.timed("stop-copy data", lambda: load(self.destination, save(self.source, self.chunk)))
+        late = self.timed("stop-copy data", lambda: self._load(save(self.source, self.chunk)))
         self.timed("arrange", self.vmm.arrange)
         self.timed("destination RUNNING", lambda: self.destination.set_mig_state(MigState.RUNNING))
         downtime = time.monotonic() - stopped_at
         # from here on the destination owns the device
         self.timed("source STOP", lambda: self.source.set_mig_state(MigState.STOP))
-        return MigrationRecord(tuple(self.steps), early, late, memory, downtime)
+        return MigrationRecord(tuple(self.steps), early, late, memory, downtime, self.rounds)
+
+    def _load(self, chunks: Iterable[bytes]) -> int:
+        return load(self.destination, self._counted(chunks))
+
+    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for data in chunks:
+            self.state_bytes += len(data)
+            if self.left is not None:
+                self.left = max(0, self.left - len(data))
+            self._tell()
+            yield data
+
+    def _tell(self) -> None:
+        self.tell(Progress(self.step, self.state_bytes, self.rounds, self.left))
+
+    def _pre_copy(self) -> int:
+        """Rounds of pre-copy, until the first pass is through and what is left is little, or does not become less."""
+        total = vain = 0
+        deadline = time.monotonic() + FIRST_PASS_DEADLINE
+        before = self._ask()
+        while True:
+            self.rounds += 1
+            limit = None if before is None else before.initial_bytes + before.dirty_bytes + self.chunk
+            given = self._load(_up_to(save_early(self.source, self.chunk), limit))
+            total += given
+            now = self._ask()
+            if before is None or now is None:
+                return total
+            if now.initial_bytes:
+                deadline = time.monotonic() + FIRST_PASS_DEADLINE if given else deadline
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"the source has {now.initial_bytes} bytes of its first pass to give and gave none for "
+                        f"{FIRST_PASS_DEADLINE:g} s"
+                    )
+            else:
+                vain = vain + 1 if now.dirty_bytes >= before.initial_bytes + before.dirty_bytes else 0
+                if now.dirty_bytes <= SWITCH_OVER or vain >= MAX_VAIN_ROUNDS or self.rounds >= MAX_ROUNDS:
+                    return total
+            before = now
+
+    def _ask(self) -> PrecopyInfo | None:
+        """What the source has still to give; None if it cannot say."""
+        try:
+            info = self.source.precopy_info()
+        except ReplyError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTTY):
+                raise
+            return None
+        self.left = info.initial_bytes + info.dirty_bytes
+        return info
 
     def _wants_pre_copy(self) -> bool:
         if self.pre_copy is not None:
@@ -142,6 +229,7 @@ class _Migration:
 
     def timed(self, name: str, action: Callable[[], Result]) -> Result:
         self.step = name
+        self._tell()
         begun = time.monotonic()
         result = action()
         self.steps.append(Step(name, time.monotonic() - begun))
@@ -151,6 +239,9 @@ class _Migration:
         if self.step == "source STOP":
             error.add_note("the destination runs; the source was not stopped")
             return
+        if self.step == "destination RUNNING" and not isinstance(error, ReplyError):
+            self.destination.close()
+            error.add_note("the destination did not say whether it runs: its connection was closed")
         try:
             self.source.set_mig_state(MigState.RUNNING)
             self.vmm.failed()
@@ -158,6 +249,16 @@ class _Migration:
             error.add_note(f"the source could not be put back to RUNNING: {second}")
         else:
             error.add_note("the source runs again")
+
+
+def _up_to(chunks: Iterator[bytes], limit: int | None) -> Iterator[bytes]:
+    """The chunks until `limit` bytes were given; all without a limit."""
+    given = 0
+    for data in chunks:
+        yield data
+        given += len(data)
+        if limit is not None and given >= limit:
+            return
 
 
 def migrate_guest(
