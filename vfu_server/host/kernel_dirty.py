@@ -83,15 +83,16 @@ class IommuLog:
         answer = PageBitmap.of(iova, length, page_size)
         for dma_map in self._maps(iova, length):
             if dma_map.fd >= 0 and dma_map.prot & uapi.DMA_FLAG_WRITE:
-                self._collect(answer, dma_map)
+                self._collect(answer, iova + length, dma_map)
         return b"".join((data[: head.size], memoryview(answer.bits)[:room], bytes(max(0, room - len(answer.bits)))))
 
-    def _collect(self, answer: PageBitmap, dma_map: DmaMap) -> None:
-        """Set what was written of one map. The IOMMU takes whole mapped pages of a size: where those of the answer do
-        not fit, its smallest.
+    def _collect(self, answer: PageBitmap, end: int, dma_map: DmaMap) -> None:
+        """Set what was written of one map, up to `end`: the answer's last page may reach further.
+
+        The IOMMU takes whole mapped pages of a size: where those of the answer do not fit, its smallest.
         """
         first = max(answer.iova, dma_map.iova) // uapi.PAGE_SIZE * uapi.PAGE_SIZE
-        last = min(answer.iova + answer.length, dma_map.iova + dma_map.size)
+        last = min(-(-end // uapi.PAGE_SIZE) * uapi.PAGE_SIZE, dma_map.iova + dma_map.size)
         page_size = answer.page_size if not (first | last | answer.iova) % answer.page_size else uapi.PAGE_SIZE
         step = page_size * BITS * STEP
         for start in range(first, last, step):
