@@ -44,8 +44,9 @@ RELAY_TIMEOUT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """The operator's choices for a device: `mmap` a MmapMode, `dirty_tracking` 'auto' or 'all', `revoke` and `allow_p2p`
-    as the options of those names.
+    """The operator's choices for a device, as the options of those names.
+
+    `mmap` is a MmapMode, `dirty_tracking` 'auto' or 'all'.
     """
 
     mmap: str = "plugin"
