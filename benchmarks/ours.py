@@ -1,9 +1,8 @@
-"""The server under test: the product's Context on a file in the place of a device, with nothing else in the process.
+"""The server under test for accesses: the product's Context on a file in the place of a device, and nothing else.
 
-    python -m benchmarks.ours SOCKET FILE STATE_BYTES [--busy] [--memory]
+    python -m benchmarks.ours SOCKET FILE [--busy PROCESSOR] [--memory]
 
-The register file is passed through by the kernel door's pread and pwrite, as the peer's is. Region 0 has a range for
-each answer.
+The file is passed through by the kernel door's pread and pwrite, as the peer's is. Region 0 has a page for each answer.
 """
 
 import argparse
@@ -15,12 +14,12 @@ import threading
 import trio
 
 from vfu_server.host_device import IrqInfo, RegionInfo
-from vfu_server.libvfio_user.context import Connected, Context, Disconnected, Message
+from vfu_server.libvfio_user.context import Context, Disconnected
 from vfu_server.libvfio_user.door import LocalMemory, NativeDoor
 from vfu_server.libvfio_user.kernel_door import KernelDoor
 from vfu_server.policy import WIDTH_ANY, WIDTHS_REGISTER, Answer, Answers, Policy, Rule
 from vfu_server.region import MmapMode, compile_rules
-from vfu_server.uapi import Command, RegionIndex
+from vfu_server.uapi import RegionIndex
 
 REGION_SIZE = 64 << 10
 RANGE = 4096
@@ -77,40 +76,16 @@ def build(door: NativeDoor) -> Context:
     )
 
 
-def burn() -> None:
-    """A thread that never waits."""
+def burn(processor: int) -> None:
+    """A thread that never waits, on a processor of its own: what it takes from the others is the interpreter's lock."""
+    os.sched_setaffinity(0, {processor})
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     n = 0
     while True:
         n += 1
 
 
-async def save(context: Context, size: int) -> None:
-    """A producer in Python that yields 1 MiB buffers."""
-    data = b"\x5a" * (1 << 20)
-    for _ in range(0, size, len(data)):
-        await context.ring.send(data)
-    context.ring.finish()
-
-
-async def load(context: Context) -> None:
-    """A consumer that looks at nothing."""
-    while await context.ring.receive() is not None:
-        pass
-
-
-async def answer(context: Context, message: Message, nursery: trio.Nursery, size: int) -> None:
-    """State changes open the ring; maps without fd do not come."""
-    if message.command is Command.DEVICE_FEATURE:
-        if message.payload[8] == 3:
-            context.ring.open_save(pre_copy=False)
-            nursery.start_soon(save, context, size)
-        else:
-            context.ring.open_load()
-            nursery.start_soon(load, context)
-    context.reply(message.payload)
-
-
-async def serve(context: Context, path: str, size: int) -> None:
+async def serve(context: Context, path: str) -> None:
     """One client after another."""
     listener = trio.socket.from_stdlib_socket(socket.socket(socket.AF_UNIX))
     await listener.bind(path)
@@ -119,19 +94,16 @@ async def serve(context: Context, path: str, size: int) -> None:
     while True:
         client, _ = await listener.accept()
         context.attach(client.detach())
-        async with trio.open_nursery() as nursery:
-            ended = False
-            while not ended:
-                await trio.lowlevel.wait_readable(context.fileno())
-                for event in context.events():
-                    if isinstance(event, Message):
-                        await answer(context, event, nursery, size)
-                    ended = ended or isinstance(event, Disconnected)
-                    if isinstance(event, Connected):
-                        continue
-            nursery.cancel_scope.cancel()
+        await until_gone(context)
         context.join()
-        context.ring.close()
+
+
+async def until_gone(context: Context) -> None:
+    """Take what the pump tells; nothing in this load needs an answer of Python."""
+    while True:
+        await trio.lowlevel.wait_readable(context.fileno())
+        if any(isinstance(event, Disconnected) for event in context.events()):
+            return
 
 
 def main() -> None:
@@ -139,16 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("socket")
     parser.add_argument("file")
-    parser.add_argument("state_bytes", type=int)
-    parser.add_argument("--busy", action="store_true", help="a Python thread that never waits runs beside it")
+    parser.add_argument("--busy", type=int, metavar="PROCESSOR", help="a Python thread there that never waits")
     parser.add_argument("--memory", action="store_true", help="DMA maps are made by mmap; no registers")
     arguments = parser.parse_args()
     sys.setswitchinterval(SLICE)
     # There is no IOMMU here: maps are made as the peer's library makes them, by mmap.
     context = build(LocalMemory() if arguments.memory else open_door(arguments.file))
-    if arguments.busy:
-        threading.Thread(target=burn, daemon=True).start()
-    trio.run(serve, context, arguments.socket, arguments.state_bytes)
+    if arguments.busy is not None:
+        threading.Thread(target=burn, args=(arguments.busy,), daemon=True).start()
+    trio.run(serve, context, arguments.socket)
 
 
 if __name__ == "__main__":

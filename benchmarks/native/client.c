@@ -2,13 +2,16 @@
  * The load: one client that measures one thing and prints nanoseconds, one
  * number a line; the last line of a throughput test is its whole time.
  *
- *     client SOCKET TEST COUNT [BYTES]
+ *     client SOCKET TEST COUNT [BYTES [FILE]]
  *     read, write    round trips of a 4-byte access of region 0 at offset BYTES
  *     posted         COUNT posted 4-byte writes, then one read: the whole time
  *     dma            COUNT times DMA_MAP and DMA_UNMAP of 4 KiB: the whole time
- *     save, load     COUNT bytes of migration data in messages of BYTES: the whole time
+ *     save           migration data in messages of BYTES up to its end, COUNT bytes at least, to FILE if named
+ *     load           COUNT bytes of FILE as migration data in messages of BYTES, until the device has taken it
+ *     drain          COUNT bytes from a server that speaks no protocol
  */
 #include <err.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +26,8 @@ struct header {
     uint16_t id, command;
     uint32_t size, flags, error;
 };
+
+enum state { STOP = 1, RUNNING = 2, STOP_COPY = 3, RESUMING = 4 };
 
 static int sock;
 static uint16_t next_id;
@@ -113,7 +118,7 @@ access_region(int write, uint64_t offset, uint32_t flags)
 }
 
 static void
-set_state(uint32_t state)
+set_state(enum state state)
 {
     struct { uint32_t argsz, flags, state; int32_t fd; } feature = { 16, 0x20002, state, -1 };
 
@@ -168,10 +173,15 @@ dma(long count)
 }
 
 static void
-save(uint64_t bytes, uint32_t chunk)
+save(uint64_t bytes, uint32_t chunk, const char *path)
 {
+    FILE *file = path != NULL ? fopen(path, "wb") : NULL;
     uint32_t message[2] = { 8 + chunk, chunk };
     uint64_t got = 0;
+
+    if (path != NULL && file == NULL) {
+        err(1, "%s", path);
+    }
 
     for (;;) {
         uint32_t size;
@@ -183,31 +193,41 @@ save(uint64_t bytes, uint32_t chunk)
             break;
         }
         got += size;
+        if (file != NULL && fwrite(room + 8, 1, size, file) != size) {
+            err(1, "%s", path);
+        }
     }
-    if (got < bytes) {
+    if (got < bytes || (file != NULL && fclose(file) != 0)) {
         errx(1, "%lu bytes came, %lu were to come", got, bytes);
     }
 }
 
-static void
-load(uint64_t bytes, uint32_t chunk, FILE *stream)
+static const char *
+map_file(const char *path, uint64_t bytes)
 {
-    char *data = malloc(chunk);
+    int fd = path != NULL ? open(path, O_RDONLY) : -1;
+    const char *data = mmap(NULL, bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
 
-    memset(data, 0x5a, chunk);
+    if (fd < 0 || data == MAP_FAILED) {
+        err(1, "%s", path != NULL ? path : "load needs a file");
+    }
+    return data;
+}
+
+/* The last word is a state change: a server that keeps what it was given for later has used it by then. */
+static void
+load(const char *data, uint64_t bytes, uint32_t chunk)
+{
     while (bytes > 0) {
         uint32_t size = bytes < chunk ? (uint32_t)bytes : chunk;
         uint32_t message[2] = { 8 + size, size };
 
-        if (stream != NULL && (size = (uint32_t)fread(data, 1, chunk, stream)) == 0) {
-            break;
-        }
-        message[0] = 8 + size;
-        message[1] = size;
         post(18, message, sizeof(message), data, size, -1, 0);
         reply(0);
+        data += size;
         bytes -= size;
     }
+    set_state(STOP);
 }
 
 int
@@ -217,9 +237,10 @@ main(int argc, char **argv)
     const char *test = argc > 2 ? argv[2] : "";
     long count = argc > 3 ? atol(argv[3]) : 0;
     uint64_t bytes = argc > 4 ? strtoull(argv[4], NULL, 0) : 0, began;
+    const char *path = argc > 5 ? argv[5] : NULL, *data;
 
     if (count <= 0) {
-        errx(2, "usage: client SOCKET TEST COUNT [BYTES]");
+        errx(2, "usage: client SOCKET TEST COUNT [BYTES [FILE]]");
     }
     room = malloc((1 << 20) + 64);
     strncpy(address.sun_path, argv[1], sizeof(address.sun_path) - 1);
@@ -227,7 +248,9 @@ main(int argc, char **argv)
     if (connect(sock, (struct sockaddr *)&address, sizeof(address)) < 0) {
         err(1, "%s", argv[1]);
     }
-    negotiate();
+    if (strcmp(test, "drain") != 0) {
+        negotiate();
+    }
     began = now();
     if (strcmp(test, "read") == 0 || strcmp(test, "write") == 0) {
         round_trips(test[0] == 'w', count, bytes);
@@ -241,13 +264,18 @@ main(int argc, char **argv)
     } else if (strcmp(test, "dma") == 0) {
         dma(count);
     } else if (strcmp(test, "save") == 0) {
-        set_state(3);
+        set_state(STOP_COPY);
         began = now();
-        save((uint64_t)count, (uint32_t)bytes);
+        save((uint64_t)count, (uint32_t)bytes, path);
     } else if (strcmp(test, "load") == 0) {
-        set_state(4);
+        data = map_file(path, (uint64_t)count);
+        set_state(RESUMING);
         began = now();
-        load((uint64_t)count, (uint32_t)bytes, argc > 5 ? fopen(argv[5], "rb") : NULL);
+        load(data, (uint64_t)count, (uint32_t)bytes);
+    } else if (strcmp(test, "drain") == 0) {
+        for (uint64_t left = (uint64_t)count; left > 0; left -= bytes < left ? bytes : left) {
+            receive(room, bytes < left ? bytes : left);
+        }
     } else {
         errx(2, "no test %s", test);
     }
