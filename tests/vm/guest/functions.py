@@ -8,6 +8,8 @@ from functools import cache
 from tests.vm.guest import pci
 
 ROM_SIZE = 2048
+ADDRESS = bytes.fromhex("020000c0ffee")
+"""The hardware address of the first virtual function."""
 
 
 def option_rom(seed: int) -> bytes:
@@ -35,11 +37,16 @@ def virtual_functions() -> list[str]:
     subprocess.run(["modprobe", "-q", "igb"], stderr=subprocess.DEVNULL, check=False)
     if pci.driver(card) != "igb":
         pci.bind(card, "igb")
+    # Only a card that is up listens to its functions' mailboxes and sends messages.
+    (interface,) = (pci.DEVICES / card / "net").iterdir()
+    subprocess.run(["ip", "link", "set", interface.name, "up"], check=True)
     count = pci.DEVICES / card / "sriov_numvfs"
     if count.read_text().strip() == "0":
         # Else a driver for them would take them first.
         (pci.DEVICES / card / "sriov_drivers_autoprobe").write_text("0")
         count.write_text("2")
+    address = ADDRESS.hex(":")
+    subprocess.run(["ip", "link", "set", interface.name, "vf", "0", "mac", address], check=True)
     found = pci.find(pci.IGB_VF)
     for bdf in found:
         pci.bind(bdf)
