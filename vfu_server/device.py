@@ -60,7 +60,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrecopyInfo:
-    """What a pre-copy has still to give, in bytes; what was given to the sink is not counted any more.
+    """What a pre-copy has still to give, in bytes: a section counts until `Sink.send` has returned.
 
     `initial_bytes`: of the first pass, which a destination should have before the device is stopped. `dirty_bytes`:
     what has changed since it was given. `reinit`: a new first pass began since the last question.

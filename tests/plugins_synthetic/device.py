@@ -67,7 +67,9 @@ class ContractError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What it is, from the operator's options. `slow`: seconds before the last save's first section."""
+    """What it is, from the operator's options. `slow`, `slow_early`, `slow_load`: seconds before the last save's first
+    section, before a pre-copy's, and for taking each section.
+    """
 
     size: int = 1 << 20
     page: int = 1 << 20
@@ -75,6 +77,7 @@ class Shape:
     pre_copy: bool = False
     rate: float = 0.0
     slow: float = 0.0
+    slow_early: float = 0.0
     slow_load: float = 0.0
 
     @property
@@ -284,6 +287,8 @@ class SyntheticDevice(Device):
                     self.tracker.begin(self.shape.pages)
             if phase is SavePhase.STOP_COPY:
                 await trio.sleep(self.shape.slow)
+            else:
+                await trio.sleep(self.shape.slow_early)
             await self._give(phase, sink)
         finally:
             self.saving = None
@@ -296,17 +301,16 @@ class SyntheticDevice(Device):
                     self._live()
                     if not pages:
                         break
-                    page = pages.pop()
-                    payload = self._payload(page)
-                try:
-                    await sink.send(Section("page", 1, payload))
-                except BaseException:
-                    with self.lock:
+                    page = next(iter(pages))
+                    sent = self.generations[page]
+                await sink.send(Section("page", 1, self._payload(page, sent)))
+                with self.lock:
+                    pages.discard(page)
+                    if self.generations[page] != sent:
                         self.tracker.dirty.add(page)
-                    raise
 
-    def _payload(self, page: int) -> bytes:
-        return b"".join((HEAD.pack(page, self.generations[page]), pattern(self.shape.page)))
+    def _payload(self, page: int, generation: int) -> bytes:
+        return b"".join((HEAD.pack(page, generation), pattern(self.shape.page)))
 
     async def save_end(self) -> None:
         self._expect(self.saving is None, "save_end during a save")
