@@ -174,6 +174,8 @@ class Session:
         if not self._idle.is_set() and self._context.peer_gone():
             with trio.move_on_after(RECLAIM_DEADLINE):
                 await self._idle.wait()
+        if self._idle.is_set() and self._refused and not self._gone:
+            await self._bring_back()  # what failed once, on a busy machine, need not fail again
         if not self._idle.is_set():
             log.warning("a second client was refused: one is being served")
             nursery.start_soon(refuse_client, sock_fd, errno.EBUSY)
@@ -259,18 +261,23 @@ class Session:
             await self._messages.release_irqs()
             await self._dirty.stop()
         if self._touched and not self._gone:
-            try:
-                with trio.fail_after(RECLAIM_DEADLINE), self._revocation.lifted():
-                    await self._stop_dma()
-                    await self._migration.reset()
-            except (VfuServerError, trio.TooSlowError) as error:
-                why = str(error) or f"it took longer than {RECLAIM_DEADLINE:g} s"
-                self._refused = f"the device could not be brought back after its last client: {why}"
-                log.error("%s", self._refused)
+            await self._bring_back()
         try:
             await self._memory.forget()
         except HostError as error:
             log.warning("client memory could not be unmapped: %s", error)
+
+    async def _bring_back(self) -> None:
+        """Reset the device; `refused` says why, if that failed."""
+        self._refused = ""
+        try:
+            with trio.fail_after(RECLAIM_DEADLINE), self._revocation.lifted():
+                await self._stop_dma()
+                await self._migration.reset()
+        except (VfuServerError, trio.TooSlowError) as error:
+            why = str(error) or f"it took longer than {RECLAIM_DEADLINE:g} s"
+            self._refused = f"the device could not be brought back after its last client: {why}"
+            log.error("%s", self._refused)
 
     async def _stop_dma(self) -> None:
         """Take bus mastering away: what a reset leaves alive must not reach memory that is about to be unmapped."""
