@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 SERVER_SECTIONS = {"config": 1}
 """Our own sections by tag, with the newest version that is understood."""
 
-SLICE = 128 << 10
+SLICE = 32 << 10
 """Bytes that are read in one go: some milliseconds, if they are records without payload."""
+TURN = 0.002
+"""Seconds after which the other devices, which live in the same thread, get their turn."""
 
 
 class Load:
@@ -110,14 +112,14 @@ class Load:
         except VfuServerError as error:
             self._refuse(error)
         except Exception as error:
-            log.exception("loading the device's state failed in the plugin")
             self._fail(PluginError(f"the plugin could not take the state: {error!r}"))
+            log.exception("loading the device's state failed in the plugin")
         finally:
             ended.set()
 
     def _refuse(self, error: VfuServerError) -> None:
+        self._fail(error)  # first: whoever reads the log finds the client's next write refused
         log.error("the state that came in was refused: %s: %s", type(error).__name__, error)
-        self._fail(error)
 
     def _fail(self, error: VfuServerError) -> None:
         self._error = error
@@ -125,13 +127,16 @@ class Load:
 
     async def _load(self) -> None:
         reader = StreamReader(crc32c, known=self._known)
+        turn = trio.current_time()
         while (data := await self._ring.look(SLICE)) is not None:
             with data:
                 size, items = len(data), reader.push(data)
             self._ring.consume(size)
             for item in items:
                 await self._take(item)
-            await trio.lowlevel.checkpoint()  # other devices live in this thread, and records may be many and small
+            if trio.current_time() - turn > TURN:
+                await trio.lowlevel.checkpoint()
+                turn = trio.current_time()
         reader.finish()
         self._complete = True
 
