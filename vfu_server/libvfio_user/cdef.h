@@ -83,7 +83,6 @@ struct vs_kept_write {
 };
 
 /* trace.h */
-#define VS_TRACE_RESET ...
 struct vs_trace_numbers {
     uint64_t written, lost, bytes;
     int error;
@@ -91,7 +90,7 @@ struct vs_trace_numbers {
 struct vs_trace;
 struct vs_trace *vs_trace_open(int fd);
 void vs_trace_close(struct vs_trace *trace, struct vs_trace_numbers *numbers);
-void vs_trace_mark(struct vs_trace *trace, unsigned kind);
+void vs_trace_reset(struct vs_trace *trace);
 void vs_trace_numbers(struct vs_trace *trace, struct vs_trace_numbers *numbers);
 int vs_trace_fileno(struct vs_trace *trace);
 

@@ -31,8 +31,8 @@ class Trace:
         self._last = TraceNumbers(0, 0, 0, 0)
 
     def mark_reset(self) -> None:
-        """Note that the device was reset."""
-        lib.vs_trace_mark(self.pointer, lib.VS_TRACE_RESET)
+        """Note that the device was reset: it goes before the next access, or to the end."""
+        lib.vs_trace_reset(self.pointer)
 
     def numbers(self) -> TraceNumbers:
         """Counters since it was opened; also when it is closed."""

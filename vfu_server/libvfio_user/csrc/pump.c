@@ -135,7 +135,7 @@ vs_pump_main(void *arg)
     device->ctx = device->buffer == NULL ? NULL : set_up(device);
     if (device->ctx != NULL) {
         if (vfu_attach_ctx(device->ctx) == 0) {
-            vs_trace_mark(device->table.trace, VS_TRACE_CLIENT);
+            vs_trace_client(device->table.trace);
             vs_post(device, vs_event_new(VS_EVENT_CONNECTED, &device->ctx->client_max_data_xfer_size, sizeof(size_t)));
             while (vfu_run_ctx(device->ctx) >= 0 || errno != ENOTCONN) {
                 if (device->protocol_error) {

@@ -1,7 +1,9 @@
 /*
- * Head and tail count records since the begin and never wrap. Producers (the
- * pump, and Python for marks) hold the lock and move the head; the writer's
- * thread alone moves the tail, and takes the lock only at the very end.
+ * One producer, one consumer, no lock: head and tail count records since the
+ * begin and never wrap. The pump (one after another, each joined before the
+ * next begins) moves the head; the writer's thread moves the tail, and the head
+ * only at the very end, when there is no pump any more. A reset is noted by
+ * Python as a time, and put down by the pump before the next access.
  *
  * The writer sleeps until it is woken for the first record, then empties the
  * ring at intervals for as long as it finds something: a busy device costs a
@@ -33,8 +35,8 @@ struct vs_trace {
     int fd;
     int wake_fd;                /* for the writer: records, or the end */
     int failed_fd;              /* for Python */
-    pthread_mutex_t lock;       /* between producers */
-    uint64_t pending_lost;      /* lost since the last record that was added */
+    uint64_t pending_lost;      /* the producer's: lost since the last record that was added */
+    atomic_uint_fast64_t reset; /* when the device was reset, if that is not put down yet */
     atomic_uint_fast64_t head;
     atomic_bool asleep;         /* the writer waits to be woken */
     atomic_bool stopping;
@@ -54,7 +56,7 @@ vs_trace_now(void)
     return (uint64_t)t.tv_sec * 1000000000U + (uint64_t)t.tv_nsec;
 }
 
-/* --- who adds, with the lock held --- */
+/* --- the producer --- */
 
 static struct vs_trace_record *
 slot(struct vs_trace *trace, uint64_t at)
@@ -62,17 +64,24 @@ slot(struct vs_trace *trace, uint64_t at)
     return &trace->records[at % CAPACITY];
 }
 
-/* Room for `n` records and for the count of what was lost before; false: they are lost as well. */
+/* Room for `n` records and for what goes before them; false: they are lost as well. */
 static bool
 begin(struct vs_trace *trace, size_t n, uint64_t *head)
 {
-    uint64_t used;
+    uint64_t used, reset = 0;
 
     *head = atomic_load_explicit(&trace->head, memory_order_relaxed);
     used = *head - atomic_load_explicit(&trace->tail, memory_order_acquire);
-    if (atomic_load_explicit(&trace->error, memory_order_relaxed) != 0 ||
-        CAPACITY - used < n + (trace->pending_lost > 0)) {
+    if (atomic_load_explicit(&trace->error, memory_order_relaxed) != 0 || CAPACITY - used < n + 2) {
+        trace->pending_lost++;
+        atomic_fetch_add_explicit(&trace->lost, 1, memory_order_relaxed);
         return false;
+    }
+    if (atomic_load_explicit(&trace->reset, memory_order_relaxed) != 0) {
+        reset = atomic_exchange(&trace->reset, 0);
+    }
+    if (reset != 0) {
+        *slot(trace, (*head)++) = (struct vs_trace_record){ .time = reset, .kind = VS_TRACE_RESET };
     }
     if (trace->pending_lost > 0) {
         *slot(trace, (*head)++) = (struct vs_trace_record){ .time = vs_trace_now(), .kind = VS_TRACE_LOST,
@@ -97,51 +106,45 @@ vs_trace_access(struct vs_trace *trace, const struct vs_trace_record *access, co
 {
     size_t nr_more = access->width > 8 && data != NULL ? (access->width - 1) / 8 : 0;
     const uint8_t *bytes = data;
-    uint64_t head;
+    struct vs_trace_record *record;
+    uint64_t head, took;
 
-    pthread_mutex_lock(&trace->lock);
-    if (begin(trace, 1 + nr_more, &head)) {
-        struct vs_trace_record *record = slot(trace, head++);
-        uint64_t took = vs_trace_now() - access->time;
-
-        *record = *access;
-        record->took = took < UINT32_MAX ? (uint32_t)took : UINT32_MAX;
-        if (data != NULL) {
-            memcpy(&record->value, bytes, access->width < 8 ? access->width : 8);
-        }
-        for (size_t i = 1; i <= nr_more; i++) {
-            size_t left = access->width - 8 * i;
-
-            record = slot(trace, head++);
-            *record = (struct vs_trace_record){ .time = access->time, .offset = access->offset + 8 * i,
-                                                .region = access->region, .kind = VS_TRACE_MORE };
-            memcpy(&record->value, bytes + 8 * i, left < 8 ? left : 8);
-        }
-        publish(trace, head);
-    } else {
-        trace->pending_lost++;
-        atomic_fetch_add_explicit(&trace->lost, 1, memory_order_relaxed);
+    if (!begin(trace, 1 + nr_more, &head)) {
+        return;
     }
-    pthread_mutex_unlock(&trace->lock);
+    record = slot(trace, head++);
+    took = vs_trace_now() - access->time;
+    *record = *access;
+    record->took = took < UINT32_MAX ? (uint32_t)took : UINT32_MAX;
+    if (data != NULL) {
+        memcpy(&record->value, bytes, access->width < 8 ? access->width : 8);
+    }
+    for (size_t i = 1; i <= nr_more; i++) {
+        size_t left = access->width - 8 * i;
+
+        record = slot(trace, head++);
+        *record = (struct vs_trace_record){ .time = access->time, .offset = access->offset + 8 * i,
+                                            .region = access->region, .kind = VS_TRACE_MORE };
+        memcpy(&record->value, bytes + 8 * i, left < 8 ? left : 8);
+    }
+    publish(trace, head);
 }
 
 void
-vs_trace_mark(struct vs_trace *trace, unsigned kind)
+vs_trace_client(struct vs_trace *trace)
 {
     uint64_t head;
 
-    if (trace == NULL) {
-        return;
-    }
-    pthread_mutex_lock(&trace->lock);
-    if (begin(trace, 1, &head)) {
-        *slot(trace, head++) = (struct vs_trace_record){ .time = vs_trace_now(), .kind = (uint8_t)kind };
+    if (trace != NULL && begin(trace, 1, &head)) {
+        *slot(trace, head++) = (struct vs_trace_record){ .time = vs_trace_now(), .kind = VS_TRACE_CLIENT };
         publish(trace, head);
-    } else {
-        trace->pending_lost++;
-        atomic_fetch_add_explicit(&trace->lost, 1, memory_order_relaxed);
     }
-    pthread_mutex_unlock(&trace->lock);
+}
+
+void
+vs_trace_reset(struct vs_trace *trace)
+{
+    atomic_store(&trace->reset, vs_trace_now());
 }
 
 /* --- the writer --- */
@@ -224,16 +227,16 @@ drain(struct vs_trace *trace)
     return any;
 }
 
+/* What waits for an access that will never come. */
 static void
 last_words(struct vs_trace *trace)
 {
     uint64_t head;
 
-    pthread_mutex_lock(&trace->lock);
-    if (trace->pending_lost > 0 && begin(trace, 0, &head)) {
+    if (atomic_load(&trace->error) == 0 && (trace->pending_lost > 0 || atomic_load(&trace->reset) != 0) &&
+        begin(trace, 0, &head)) {
         atomic_store_explicit(&trace->head, head, memory_order_release);
     }
-    pthread_mutex_unlock(&trace->lock);
     drain(trace);
 }
 
@@ -281,14 +284,12 @@ vs_trace_open(int fd)
     trace->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     trace->failed_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     error = trace->wake_fd < 0 || trace->failed_fd < 0 ? errno : 0;
-    pthread_mutex_init(&trace->lock, NULL);
     if (error == 0) {
         error = pthread_create(&trace->thread, NULL, writer, trace);
     }
     if (error != 0) {
         close(trace->wake_fd);
         close(trace->failed_fd);
-        pthread_mutex_destroy(&trace->lock);
         free(trace);
         errno = error;
         return NULL;
@@ -315,7 +316,6 @@ vs_trace_close(struct vs_trace *trace, struct vs_trace_numbers *numbers)
     close(trace->fd);
     close(trace->wake_fd);
     close(trace->failed_fd);
-    pthread_mutex_destroy(&trace->lock);
     free(trace);
 }
 

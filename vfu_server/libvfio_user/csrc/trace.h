@@ -47,9 +47,12 @@ struct vs_trace *vs_trace_open(int fd);
 /* Writes out what is there and closes the file; nothing may be added any more. `numbers`: as they are at the end. */
 void vs_trace_close(struct vs_trace *trace, struct vs_trace_numbers *numbers);
 uint64_t vs_trace_now(void);
+/* From one pump at a time. */
 void vs_trace_access(struct vs_trace *trace, const struct vs_trace_record *access, const void *data);
-/* Harmless without a trace. */
-void vs_trace_mark(struct vs_trace *trace, unsigned kind);
+/* A client has negotiated, says its pump. Harmless without a trace. */
+void vs_trace_client(struct vs_trace *trace);
+/* The device was reset, says any thread; put down before the next access. */
+void vs_trace_reset(struct vs_trace *trace);
 void vs_trace_numbers(struct vs_trace *trace, struct vs_trace_numbers *numbers);
 /* An eventfd, readable when the file cannot be written any more. */
 int vs_trace_fileno(struct vs_trace *trace);
