@@ -16,6 +16,7 @@ from vfu_server import (
     cli_arguments,
     cli_doctor,
     cli_parser,
+    cli_trace,
     config_file,
     device,
     errors,
@@ -41,12 +42,17 @@ by_document = pytest.mark.parametrize("path", documents(), ids=lambda path: str(
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    names = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*(options_of(each) for each in action.choices.values()))
+    return names
 
 
 SERVER_OPTIONS = options_of(cli_parser.build())
 MODEL_OPTIONS = options_of(program._parser()) - {"--help"}
 DOCTOR_OPTIONS = options_of(cli_doctor.build()) - {"--help"}
+TRACE_OPTIONS = options_of(cli_trace.build()) - {"--help"}
 
 
 # --- what operators read
@@ -74,7 +80,7 @@ def test_every_option_of_a_model_is_in_its_table():
 @by_document
 def test_options_in_the_text_exist(path):
     named = set(re.findall(r"`(--[a-z][\w-]*)[`= ]", prose(path)))
-    assert named - SERVER_OPTIONS - MODEL_OPTIONS - DOCTOR_OPTIONS == set()
+    assert named - SERVER_OPTIONS - MODEL_OPTIONS - DOCTOR_OPTIONS - TRACE_OPTIONS == set()
 
 
 def test_choices_of_options_are_named():

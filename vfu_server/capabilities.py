@@ -19,6 +19,9 @@ FEATURES = (
     "migrate-precopy",
     "dma-logging",
     "require-migration",
+    "revoke",
+    "metrics",
+    "trace-regions",
 )
 
 

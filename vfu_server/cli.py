@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `vfu-server`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes it over: no traceback for a Ctrl-C
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the server can answer it
     gc.disable()  # imports make no garbage; the server enables it when it has started
     code = run(list(sys.argv[1:] if argv is None else argv))
     sys.stdout.flush()
@@ -80,6 +81,8 @@ def _inform(arguments: "argparse.Namespace") -> ExitCode:
     form = arguments.format or "text"
     if arguments.version:
         cli_print.print_versions(plugins)
+    elif arguments.list_plugins and form == "markdown":
+        raise UsageError("--format markdown goes with --show-policy")
     elif arguments.list_plugins:
         cli_print.print_plugins(plugins, form)
     else:

@@ -24,13 +24,17 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
         from_file, base = file.server_config(), file.defaults
     if from_file.devices:
         _refuse_device_options(arguments, sources)
-        devices = [_with_settings(device, arguments) for device in from_file.devices]
+        template = arguments.trace_regions or ""
+        devices = [
+            _with_settings(device, arguments, number, template) for number, device in enumerate(from_file.devices)
+        ]
     else:
         devices = _devices(arguments, sources, base)
     config.check_devices(devices)
     return replace(
         from_file,
         devices=devices,
+        metrics=config.metrics_address(arguments.metrics) if arguments.metrics else from_file.metrics,
         socket_group=arguments.socket_group or from_file.socket_group,
         log_level=arguments.log_level or from_file.log_level,
         log_format=arguments.log_format or from_file.log_format,
@@ -76,8 +80,10 @@ def _refuse_device_options(arguments: argparse.Namespace, sources: Sequence[Sour
         )
 
 
-def _with_settings(device: DeviceConfig, arguments: argparse.Namespace) -> DeviceConfig:
-    """`device` with those settings that the command line gives for all."""
+def _with_settings(device: DeviceConfig, arguments: argparse.Namespace, number: int, trace: str) -> DeviceConfig:
+    """`device` with those settings that the command line gives for all; `trace` is a template, not expanded yet."""
+    if trace:
+        device = replace(device, trace_regions=config.expand_path(trace, device.name, number, "--trace-regions"))
     return replace(
         device,
         plugin=arguments.plugin or device.plugin,
@@ -85,6 +91,7 @@ def _with_settings(device: DeviceConfig, arguments: argparse.Namespace) -> Devic
         dirty_tracking=arguments.dirty_tracking or device.dirty_tracking,
         allow_p2p=bool(arguments.allow_p2p) or device.allow_p2p,
         require_migration=bool(arguments.require_migration) or device.require_migration,
+        revoke=bool(arguments.revoke) or device.revoke,
     )
 
 
@@ -97,9 +104,10 @@ def _devices(arguments: argparse.Namespace, sources: Sequence[Source], base: Dev
     fds = _fds(arguments.fd, len(sources))
     base = _with_kernel_door(base, arguments, sources)
     base = replace(base, options={**base.options, **options(arguments)})
+    trace = arguments.trace_regions or base.trace_regions
     return [
-        _with_settings(replace(base, name=name, source=source, socket_path=path, fd=fd), arguments)
-        for name, source, path, fd in zip(names, sources, paths, fds, strict=True)
+        _with_settings(replace(base, name=name, source=source, socket_path=path, fd=fd), arguments, number, trace)
+        for number, (name, source, path, fd) in enumerate(zip(names, sources, paths, fds, strict=True))
     ]
 
 

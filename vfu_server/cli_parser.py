@@ -154,6 +154,15 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         "plugin (default: those that are harmless while the device is stopped), all",
     )
     group.add_argument(
+        "--revoke",
+        action="store_true",
+        default=None,
+        help="while a device is stopped, switch its memory decoding off, so that the kernel takes clients' mappings "
+        "away: catches stray accesses, not hostile ones (a client can switch it on again); a vCPU that still touches "
+        "the device is killed; registers that the policy passes on answer EIO meanwhile. "
+        "With --bdf only, and not on virtual functions, which have no such bit",
+    )
+    group.add_argument(
         "--dirty-tracking",
         choices=config.DIRTY_TRACKING_MODES,
         help="auto (default): by the device or the IOMMU, else no live migration is offered; "
@@ -175,9 +184,21 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_process(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("logging")
+    group = parser.add_argument_group("logging and watching")
     group.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
     group.add_argument("--log-format", choices=logs.FORMATS, help="default: text; always on standard error")
+    group.add_argument(
+        "--metrics",
+        metavar="ADDRESS",
+        help="tell Prometheus metrics at unix:PATH, or at HOST:PORT of this machine's loopback; "
+        "needs the extra 'metrics'. SIGUSR1 logs the same numbers in any case",
+    )
+    group.add_argument(
+        "--trace-regions",
+        metavar="FILE",
+        help="write every access that the server sees to FILE, for vfu-trace; %%n and %%i as in --socket-path. "
+        "Accesses to mapped areas are seen by nobody: see --mmap never",
+    )
 
 
 def _add_information(parser: argparse.ArgumentParser) -> None:
@@ -191,4 +212,8 @@ def _add_information(parser: argparse.ArgumentParser) -> None:
     )
     actions.add_argument("--print-capabilities", action="store_true", help="what this program can do, as JSON")
     actions.add_argument("--version", action="store_true", help="versions of the server and its plugins")
-    group.add_argument("--format", choices=("text", "json"), help="form of --show-policy and --list-plugins")
+    group.add_argument(
+        "--format",
+        choices=("text", "json", "markdown"),
+        help="form of --show-policy and --list-plugins (which has no markdown)",
+    )

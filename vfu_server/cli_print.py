@@ -8,12 +8,15 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfu_server import __version__
 from vfu_server.errors import VfuServerError
 from vfu_server.hookspecs import API_VERSION
-from vfu_server.plugins import BrokenPlugin, Plugin, Plugins
+from vfu_server.plugins import BrokenPlugin, Description, Plugin, Plugins
+
+if TYPE_CHECKING:
+    from vfu_server.region import MmapMode
 
 _WIDTH_OF_FILES = 200
 
@@ -69,6 +72,9 @@ def print_policy(plugins: Plugins, name: str, options: Mapping[str, str], mmap: 
             )
         )
         return
+    if form == "markdown":
+        print("\n".join(policy_page(plugin, description, mode) for plugin, description in described.items()), end="")
+        return
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
@@ -77,6 +83,22 @@ def print_policy(plugins: Plugins, name: str, options: Mapping[str, str], mmap: 
         for variant, (policy, sizes) in description.policies.items():
             console.print()
             console.print(region.policy_table(policy, sizes, mode, variant))
+
+
+def policy_page(plugin: str, description: Description, mode: "MmapMode") -> str:
+    """The policies of a plugin as a document, a newline at its end."""
+    from vfu_server import region
+
+    option = "" if mode is region.MmapMode.PLUGIN else f" --mmap {mode.value}"
+    how = f"`vfu-server --plugin {plugin} --show-policy --format markdown{option}`"
+    parts = [
+        f"# Access policy of {plugin}",
+        f"{description.summary}.",
+        f"This page is what {how} prints. A cell without r and w holds for reads and writes.",
+    ]
+    for variant, (policy, sizes) in description.policies.items():
+        parts += [f"## {variant}", region.policy_markdown(policy, sizes, mode).rstrip("\n")]
+    return "\n\n".join(parts) + "\n"
 
 
 def print_versions(plugins: Plugins) -> None:

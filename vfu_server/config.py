@@ -14,6 +14,7 @@ from vfu_server.errors import UsageError
 MMAP_MODES = ("never", "plugin", "all")
 DIRTY_TRACKING_MODES = ("auto", "all")
 MAX_NAME = 64
+MAX_PORT = 65535
 
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -60,6 +61,8 @@ class DeviceConfig:
     dirty_tracking: str = "auto"
     allow_p2p: bool = False
     require_migration: bool = False
+    revoke: bool = False
+    trace_regions: str = ""
     vf_token: str = ""
     vfio_fd: int = -1
     iommufd: int = -1
@@ -71,8 +74,46 @@ class ServerConfig:
 
     devices: Sequence[DeviceConfig]
     socket_group: str = ""
+    metrics: "MetricsAddress | None" = None
     log_level: str = "info"
     log_format: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsAddress:
+    """Where metrics can be read: a UNIX socket at `path`, or a TCP port of this machine's own `host` address."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix:{self.path}" if self.path else f"{host}:{self.port}"
+
+
+def metrics_address(text: str) -> MetricsAddress:
+    """`unix:PATH` or `HOST:PORT`, HOST an address of the loopback. Raises UsageError."""
+    if text.startswith("unix:"):
+        if text == "unix:":
+            raise UsageError("--metrics unix: names no path")
+        return MetricsAddress(path=text.removeprefix("unix:"))
+    import ipaddress
+
+    host, colon, port = text.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+        raise UsageError(f"--metrics {text}: give it as unix:PATH or HOST:PORT")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise UsageError(f"--metrics {text}: {host!r} is no address: 127.0.0.1, [::1] or localhost") from None
+    if not local:
+        raise UsageError(
+            f"--metrics {text}: only addresses of this machine's loopback: there is no authentication; "
+            "let a proxy or an agent on this machine pass it on"
+        )
+    return MetricsAddress(host=host, port=int(port))
 
 
 def source(kind: SourceKind, value: str) -> Source:
@@ -117,13 +158,13 @@ def option(text: str) -> tuple[str, str]:
     return key, value
 
 
-def expand_path(template: str, name: str, number: int) -> str:
-    """A socket path with `%n` (the device's name), `%i` (its number, from 0) and `%%`. Raises UsageError."""
+def expand_path(template: str, name: str, number: int, option: str = "--socket-path") -> str:
+    """A path with `%n` (the device's name), `%i` (its number, from 0) and `%%`. Raises UsageError."""
 
     def replace(match: re.Match[str]) -> str:
         values = {"n": name, "i": str(number), "%": "%"}
         if match[1] not in values:
-            raise UsageError(f"--socket-path {template}: {match[0]!r} is none of %n (name), %i (number) and %%")
+            raise UsageError(f"{option} {template}: {match[0]!r} is none of %n (name), %i (number) and %%")
         return values[match[1]]
 
     return re.sub(r"%(.?)", replace, template, flags=re.DOTALL)
@@ -147,6 +188,11 @@ def check_devices(devices: Sequence[DeviceConfig]) -> None:
         "--socket-path",
         [device.socket_path for device in devices if device.socket_path],
         "each device needs its own socket: use %n in the path, or one --socket-path for each",
+    )
+    _refuse_twins(
+        "--trace-regions",
+        [device.trace_regions for device in devices if device.trace_regions],
+        "each device needs its own file: use %n in the name",
     )
     _refuse_twins("--fd", [str(device.fd) for device in devices if device.fd >= 0], "each device needs its own socket")
 

@@ -2,10 +2,10 @@
 
 It must not know the command line. The form:
 
-    [server]                      log-level, log-format, socket-group
+    [server]                      log-level, log-format, socket-group, metrics
     [defaults]                    any field of a device but name, source, fd and vf-token; for all devices
     [[device]]                    name, plugin, one of bdf / model / device-socket / mdev, socket-path or fd,
-                                  mmap, dirty-tracking, allow-p2p, require-migration, vf-token
+                                  mmap, revoke, dirty-tracking, allow-p2p, require-migration, trace-regions, vf-token
     [device.options]              what --option gives, for this device
 """
 
@@ -40,6 +40,7 @@ _SERVER = {
     "log-level": Field(str, logs.LEVELS),
     "log-format": Field(str, logs.FORMATS),
     "socket-group": Field(str),
+    "metrics": Field(str),
 }
 _DEFAULTS = {
     "plugin": Field(str),
@@ -48,6 +49,8 @@ _DEFAULTS = {
     "dirty-tracking": Field(str, config.DIRTY_TRACKING_MODES),
     "allow-p2p": Field(bool),
     "require-migration": Field(bool),
+    "revoke": Field(bool),
+    "trace-regions": Field(str),
     "options": Field(dict),
 }
 _SOURCES = {kind.value: Field(str) for kind in SourceKind}
@@ -65,7 +68,10 @@ class FileConfig:
 
     def server_config(self) -> ServerConfig:
         """The file by itself."""
-        return ServerConfig(self.devices, **{key.replace("-", "_"): value for key, value in self.server.items()})
+        given: dict[str, Any] = {key.replace("-", "_"): value for key, value in self.server.items()}
+        if "metrics" in given:
+            given["metrics"] = config.metrics_address(given["metrics"])
+        return ServerConfig(self.devices, **given)
 
 
 def read(path: str) -> FileConfig:
@@ -119,12 +125,18 @@ class _Reader:
         """The whole file."""
         self._table((), document, _TOP)
         server = self._table(("server",), document.get("server", {}), _SERVER)
+        if "metrics" in server:
+            self._checked(("server", "metrics"), lambda: config.metrics_address(server["metrics"]))
         raw_defaults = self._table(("defaults",), document.get("defaults", {}), _DEFAULTS)
         no_source = Source(SourceKind.MODEL, "")
         defaults = self._fill(("defaults",), raw_defaults, DeviceConfig("", no_source))
         devices = [self._device(number, table, defaults) for number, table in enumerate(document.get("device", []))]
         paths = [self._path_of(number, device, len(devices)) for number, device in enumerate(devices)]
-        devices = [replace(device, socket_path=path) for device, path in zip(devices, paths, strict=True)]
+        traces = [self._trace_of(number, device) for number, device in enumerate(devices)]
+        devices = [
+            replace(device, socket_path=path, trace_regions=trace)
+            for device, path, trace in zip(devices, paths, traces, strict=True)
+        ]
         self._checked(("device",), lambda: config.check_devices(devices))
         return FileConfig(server, defaults, devices)
 
@@ -181,6 +193,14 @@ class _Reader:
             if not config.is_template(device.socket_path) and device.fd < 0:
                 raise self.fail(where, "several devices need several sockets: use %n, for instance /run/vfu/%n.sock")
         return self._checked(where, lambda: config.expand_path(device.socket_path, device.name, number))
+
+    def _trace_of(self, number: int, device: DeviceConfig) -> str:
+        where: Path_ = ("device", number, "trace-regions")
+        if where not in self._lines and ("defaults", "trace-regions") in self._lines:
+            where = ("defaults", "trace-regions")
+        return self._checked(
+            where, lambda: config.expand_path(device.trace_regions, device.name, number, "--trace-regions")
+        )
 
     def _checked(self, where: Path_, check: Callable[[], T]) -> T:
         try:

@@ -40,6 +40,7 @@ def vfu_server_models() -> "Mapping[str, ModelCommand]":
 def vfu_server_describe(options: Mapping[str, str]) -> "Mapping[str, object]":
     """What `--show-policy` and `--list-plugins` print without a device.
 
-    Keys: `summary` (one sentence) and `policies`, a mapping from a variant's name (a profile, a device family) to
-    `(Policy, {region index: size in bytes})`.
+    Keys: `summary` (one sentence); `policies`, a mapping from a variant's name (a profile, a device family) to
+    `(Policy, {region index: size in bytes})`; and, if there are any, `registers`, a mapping from a variant's name (in
+    its `StateIdentity`) to `{region index: Block}`, for those who read traces.
     """

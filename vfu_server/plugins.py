@@ -19,6 +19,7 @@ from vfu_server.errors import HostError, PluginError, UsageError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins_installed import Entry
 from vfu_server.policy import Policy
+from vfu_server.regmap import Block
 
 logger = logging.getLogger(__name__)
 trace_logger = logging.getLogger(f"{__name__}.trace")
@@ -62,10 +63,14 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a plugin says without a device. `policies`: variant -> (policy, size in bytes by region index)."""
+    """What a plugin says without a device. `policies`: variant -> (policy, size in bytes by region index).
+
+    `registers`: variant -> the register table of each region that has one.
+    """
 
     summary: str
     policies: Mapping[str, tuple[Policy, Mapping[int, int]]]
+    registers: Mapping[str, Mapping[int, Block]]
 
 
 class PluginCrashError(PluginError):
@@ -211,11 +216,12 @@ class Plugins:
 
     def describe(self, plugin: Plugin, options: Mapping[str, str]) -> Description:
         """What `plugin` says of itself."""
-        summary, policies = "", {}
+        summary, policies, registers = "", {}, {}
         for answer in self._ask(plugin, "vfu_server_describe", options=options):
             summary = str(answer.get("summary", summary))
             policies.update(answer.get("policies", {}))
-        return Description(summary, policies)
+            registers.update(answer.get("registers", {}))
+        return Description(summary, policies, registers)
 
 
 def exactly_one(taken: Sequence[Taken], plugin: str, host: HostDevice) -> Taken:

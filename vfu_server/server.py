@@ -17,6 +17,7 @@ import trio
 from vfu_server.config import ServerConfig
 from vfu_server.errors import DeviceGoneError, VfuServerError
 from vfu_server.exit_codes import ExitCode
+from vfu_server.metrics import DeviceReport, log_report
 from vfu_server.notify import Notifier
 from vfu_server.server_listeners import open_listeners
 from vfu_server.server_stage import CLOSE_DEADLINE, Stage
@@ -31,6 +32,7 @@ SWITCH_INTERVAL = 1e-4
 """Seconds after which a busy Python thread lets a waiting one run: what a TRAP waits at worst (5 ms by default)."""
 
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TELL_SIGNAL = signal.SIGUSR1
 
 
 def run(config: ServerConfig) -> ExitCode:
@@ -41,25 +43,51 @@ def run(config: ServerConfig) -> ExitCode:
 
 async def _serve(config: ServerConfig) -> ExitCode:
     notifier = Notifier.from_environ(os.environ)
-    with trio.open_signal_receiver(*END_SIGNALS) as signals:
+    with trio.open_signal_receiver(*END_SIGNALS, TELL_SIGNAL) as signals:
         # Clients may come from here on, and wait a moment: most of the start-up is still ahead.
         listeners = open_listeners(config, os.environ)
         try:
-            devices = _devices(config, listeners)
+            listeners += _metrics_listeners(config)
+            devices = _devices(config, listeners[: len(config.devices)])
         except BaseException:
             for listener in listeners:
                 listener.close()
             raise
         process = _Process(devices, notifier)
+        watching = listeners[len(devices) :]
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(process.obey, signals)
                 nursery.start_soon(notifier.watchdog)
+                for listener in watching:
+                    nursery.start_soon(_serve_metrics, listener, process)
                 await process.serve()
                 nursery.cancel_scope.cancel()
         finally:
             faulthandler.cancel_dump_traceback_later()
+            for listener in watching:
+                listener.close()
         return process.outcome()
+
+
+def _metrics_listeners(config: ServerConfig) -> list[Listener]:
+    """The listener of `--metrics`, or none. Raises UsageError, SocketError."""
+    if config.metrics is None:
+        return []
+    from vfu_server import metrics_listener
+
+    metrics_listener.check_installed()
+    return [metrics_listener.open_listener(config.metrics, config.socket_group)]
+
+
+async def _serve_metrics(listener: Listener, process: "_Process") -> None:
+    from vfu_server import metrics_listener
+    from vfu_server.metrics_prometheus import renderer
+
+    try:
+        await metrics_listener.serve(listener, renderer(process.reports))
+    except* OSError as error:  # devices are served on without it
+        logger.error("metrics can no longer be read: %s", error.exceptions[0])
 
 
 def _devices(config: ServerConfig, listeners: Sequence[Listener]) -> list["ServedDevice"]:
@@ -109,9 +137,17 @@ class _Process:
         by_stage = {stage: [d.config.name for d in self._devices if d.stage is stage] for stage in Stage}
         return "; ".join(f"{stage.value}: {', '.join(names)}" for stage, names in by_stage.items() if names)
 
+    def reports(self) -> list[DeviceReport]:
+        """All devices as they stand."""
+        return [device.report() for device in self._devices]
+
     async def obey(self, signals: AsyncIterator[int]) -> None:
-        """The first signal ends the server in order, the second one at once."""
+        """The first signal ends the server in order, the second one at once; TELL_SIGNAL has the numbers logged."""
         async for number in signals:
+            if number == TELL_SIGNAL:
+                for report in self.reports():
+                    log_report(report)
+                continue
             name = signal.Signals(number).name
             if self._ending:
                 logger.error("%s, the second signal: ending by force", name)

@@ -10,15 +10,20 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vfu_server import logs, server_model
+from vfu_server import __version__, logs, server_model
 from vfu_server.config import DeviceConfig, Source, SourceKind
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
+from vfu_server.metrics import DeviceReport, log_report
 from vfu_server.plugins import Plugins, Taken, exactly_one
+from vfu_server.region import MmapMode, mmap_areas
 from vfu_server.server_stage import CLOSE_DEADLINE, Stage
 from vfu_server.session import Session, SessionOptions
+from vfu_server.session_counts import SessionStatistics
 from vfu_server.session_peers import Peers
 from vfu_server.sockets import Listener
+from vfu_server.trace_file import TraceFile, clocks
+from vfu_server.trace_format import TraceHeader
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,11 @@ class ServedDevice:
         self.opened = trio.Event()
         """It is served, or will never be."""
         self._plugins = plugins
+        self._taken: Taken | None = None
+        self._session: Session | None = None
+        self._trace: TraceFile | None = None
+        self._statistics: SessionStatistics | None = None
+        """The last ones, when the session is over."""
         self._serving = trio.CancelScope()
         self._close_by = float("inf")
         self._model: server_model.ModelProcess | None = None
@@ -51,6 +61,12 @@ class ServedDevice:
             self._plugins.model(self.config.plugin, self.config.source.value)
         else:
             self._plugins.select(self.config.plugin)
+
+    def report(self) -> DeviceReport:
+        """How the device stands."""
+        found = self._statistics if self._session is None else self._session.statistics()
+        who = ("", "") if self._taken is None else _who(self._taken)
+        return DeviceReport(self.config.name, str(self.config.source), self.stage.value, *who, found)
 
     def stop(self) -> None:
         """Begin the way back."""
@@ -87,20 +103,37 @@ class ServedDevice:
 
     async def _open_and_serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
+            if self.config.trace_regions:
+                self._trace = TraceFile(self.config.trace_regions)
+                stack.push_async_callback(self._step_back, "closing the trace", self._close_trace)
             host = await self._open_host(stack)
             stack.push_async_callback(self._step_back, "closing the door", host.aclose)
-            taken = await self._probe(host)
+            taken = self._taken = await self._probe(host)
             stack.push_async_callback(self._step_back, "closing the plugin's device", taken.device.aclose)
-            session = self._session(host, taken)
+            session = self._new_session(host, taken)
             stack.push_async_callback(self._step_back, "bringing the device to rest", session.shutdown)
             stack.callback(self.listener.close)
             logger.info("listening at %s (%s, plugin %s %s)", self.listener.description, host.name, *_who(taken))
             self.stage, self.was_served = Stage.SERVING, True
             self.opened.set()
+            self._session = session
             try:
-                await session.run(self._accept)
+                await self._run(session)
             finally:
                 self.forced = self.forced or bool(session.refused)
+                self._statistics, self._session = session.statistics(), None
+                log_report(self.report(), "statistics at the end")
+
+    async def _run(self, session: Session) -> None:
+        async with trio.open_nursery() as nursery:
+            if self._trace is not None:
+                nursery.start_soon(self._trace.watch)
+            await session.run(self._accept)
+            nursery.cancel_scope.cancel()
+
+    async def _close_trace(self) -> None:
+        if self._trace is not None:
+            await trio.to_thread.run_sync(self._trace.close)
 
     async def _open_host(self, stack: contextlib.AsyncExitStack) -> HostDevice:
         source = self.config.source
@@ -127,7 +160,7 @@ class ServedDevice:
             raise HostError(f"--require-migration: {host.name} cannot be migrated: {can.reason}")
         return chosen
 
-    def _session(self, host: HostDevice, taken: Taken) -> Session:
+    def _new_session(self, host: HostDevice, taken: Taken) -> Session:
         return Session(
             name=self.config.name,
             host=host,
@@ -135,9 +168,31 @@ class ServedDevice:
             plugin_name=taken.plugin.name,
             plugin_version=taken.plugin.version,
             options=SessionOptions(
-                mmap=self.config.mmap, dirty_tracking=self.config.dirty_tracking, allow_p2p=self.config.allow_p2p
+                mmap=self.config.mmap,
+                dirty_tracking=self.config.dirty_tracking,
+                revoke=self.config.revoke,
+                allow_p2p=self.config.allow_p2p,
             ),
             peers=self._peers,
+            trace=None if self._trace is None else self._trace.begin(self._trace_header(host, taken)),
+        )
+
+    def _trace_header(self, host: HostDevice, taken: Taken) -> TraceHeader:
+        identity, (wall, monotonic) = host.identity(), clocks()
+        mapped = mmap_areas(taken.device.policy, host.regions, MmapMode.parse(self.config.mmap))
+        areas = [(region, area.offset, area.size) for region, found in mapped.items() for area in found]
+        if areas:
+            logger.warning("--trace-regions: clients may map areas, whose accesses nobody sees: use --mmap never")
+        return TraceHeader(
+            server=__version__,
+            device=self.config.name,
+            plugin=taken.plugin.name,
+            variant=taken.device.identity.variant,
+            vendor=identity.vendor,
+            device_id=identity.device,
+            wall_ns=wall,
+            monotonic_ns=monotonic,
+            mapped=areas,
         )
 
     async def _accept(self) -> int:

@@ -120,6 +120,8 @@ class TraceReader:
         self._name = name
         self._at = 0
         self.header = self._header()
+        self.lost = 0
+        """Accesses that `entries` found to be missing."""
         self.cut_short = False
         """The last record is not there in full: the file is still written, or its writer was killed."""
 
@@ -167,7 +169,9 @@ class TraceReader:
             if begun is not None:
                 raise self._wrong(f"an access of {begun.width} bytes has only {len(data)}")
             if kind in (Kind.LOST, Kind.CLIENT, Kind.RESET):
-                yield Mark(Kind(kind), time_ns, value if kind == Kind.LOST else 0)
+                mark = Mark(Kind(kind), time_ns, value if kind == Kind.LOST else 0)
+                self.lost += mark.count
+                yield mark
                 continue
             if kind not in (Kind.READ, Kind.WRITE):
                 raise self._wrong(f"unknown kind {kind}")

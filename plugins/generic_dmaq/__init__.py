@@ -36,9 +36,13 @@ def vfu_server_models() -> Mapping[str, ModelCommand]:
 
 @hookimpl
 def vfu_server_describe(options: Mapping[str, str]) -> Mapping[str, object]:
-    """A summary and the policy of each profile, with its regions' sizes; arrays as large as they can be."""
+    """A summary, and for each profile its policy, its regions' sizes and registers; arrays as large as they can be."""
     from plugins.generic_dmaq.layout import layout_of
     from plugins.generic_dmaq.probe import profiles
 
     layouts = {profile.name: layout_of(profile, {}) for profile in profiles(options)}
-    return {"summary": SUMMARY, "policies": {name: (layout.policy, layout.sizes) for name, layout in layouts.items()}}
+    return {
+        "summary": SUMMARY,
+        "policies": {name: (layout.policy, layout.sizes) for name, layout in layouts.items()},
+        "registers": {name: layout.blocks for name, layout in layouts.items()},
+    }

@@ -58,6 +58,7 @@ EVENT_WORDS = {
 }
 
 NO_MEMORY_BIT = "a virtual function has no memory-enable bit: the kernel lets mappings fault in again at once"
+MEDIATED = "the driver of a mediated device decides over its mappings, not the kernel's vfio-pci"
 
 _open_here: set[str] = set()
 """BDFs that this process has open: a hot reset must not hit one of them by the way."""
@@ -136,7 +137,7 @@ class KernelHost:
         self.name = function.bdf
         self.function = function
         self.dma_by_messages = False
-        self.cannot_revoke = NO_MEMORY_BIT if function.physical_function else ""
+        self.cannot_revoke = NO_MEMORY_BIT if function.physical_function else MEDIATED if function.mdev_type else ""
         self.relay: Callable[[Command, bytes], Awaitable[bytes]] | None = None
         """Not used: a real function reaches memory through the IOMMU, or not at all."""
         self._kernel = kernel
