@@ -6,8 +6,10 @@ one server's process. It must not know what is tested.
 
 import contextlib
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,6 +198,14 @@ def rig(
         if made is not None:
             made.close()
         kernel.close()
+
+
+def until(holds, what: object = "", seconds: float = 5.0) -> None:
+    """Wait for what gives no sign: what the server does after its reply, or logs."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        select.select([], [], [], 0.002)
 
 
 @contextlib.contextmanager
