@@ -27,6 +27,11 @@ wake-up.
 """
 
 
+MAX_EVENTS = 256
+"""Events taken at once: a client can have mistakes noticed as fast as they are taken. More than can be left at its end.
+"""
+
+
 class TrapTarget(Protocol):
     """Who answers trapped accesses, in the pump's thread. A VfuServerError's errno is the reply."""
 
@@ -236,9 +241,9 @@ class Context:
         return self._event_fd
 
     def events(self) -> list[Event]:
-        """What has happened, oldest first; never blocks."""
+        """What has happened, oldest first; never blocks. After so many at once `fileno` stays readable for the rest."""
         found: list[Event] = []
-        while True:
+        while len(found) < MAX_EVENTS:
             event = lib.vs_device_next_event(self._device)
             if event == ffi.NULL:
                 break
