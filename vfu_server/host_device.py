@@ -122,7 +122,7 @@ class StateFile(Protocol):
         ...
 
     async def precopy_info(self) -> "PrecopyInfo":
-        """What it could give now while the device runs. HostError EINVAL in any other state."""
+        """What it could give now while the device runs; several may ask. HostError EINVAL in any other state."""
         ...
 
     def close(self) -> None:

@@ -118,10 +118,14 @@ class KernelMigrationDevice(Device):
     async def reset(self) -> None:
         """The door's reset: the driver is RUNNING then, whatever was."""
         self._close_file()
-        self._known = False
-        await self.host.reset()
-        if (state := await self._where()) is not _R:
-            raise HostError(f"{self.host.name}: after a reset its driver is in state {state.name}, not RUNNING")
+        for _ in range(2):  # a change that was given up may have come in behind the first
+            self._known = False
+            await self.host.reset()
+            self._state, self._known = await self._door.state(), True
+            if self._state is _R:
+                return
+        text = f"{self.host.name}: after a reset its driver is in state {self._state.name}, not RUNNING"
+        raise StateLostError(text) if self._state is MigState.ERROR else HostError(text)
 
     async def run_again(self) -> None:
         """Lead the driver to RUNNING without a reset, which forgets nothing of the device. Raises what it refuses."""

@@ -55,7 +55,7 @@ class FakeFunction:
         """What was done with it, in words."""
         self.accesses: list[tuple[str, int, int, int]] = []
         """(read or write, region, offset, width)."""
-        self.resets = True
+        self.resets = self.tells_reset = True
         self.busy_resets = 0
         self.hot_reset: list[tuple[int, str]] | None = None
         self.hot_reset_flags = 0
@@ -102,7 +102,7 @@ class FakeFunction:
     def get_info(self, view: memoryview) -> int:
         if struct.unpack_from("=I", view)[0] < 20:
             raise fail(errno.EINVAL)
-        struct.pack_into("=IIII", view, 0, 24, 2 | (1 if self.resets else 0), 9, 5)
+        struct.pack_into("=IIII", view, 0, 24, 2 | (1 if self.resets and self.tells_reset else 0), 9, 5)
         return 0
 
     def get_region_info(self, view: memoryview) -> int:

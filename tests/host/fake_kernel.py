@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,7 @@ class FakeKernel:
         self.tracking_tables = False
         self.requests: list[int] = []
         self._files: dict[int, File] = {}
+        self._lock = threading.RLock()
         self._objects: dict[int, tuple[str, Any]] = {}
         """Of iommufds: id -> kind and what it is."""
         self._next_id = 1
@@ -110,27 +112,35 @@ class FakeKernel:
             root=root,
             ioctl=self.ioctl,
             open=self.open,
+            read=lambda fd, size: self._state_file(fd)[0].read(self._state_file(fd)[1], size),
+            write=lambda fd, data: self._state_file(fd)[0].write(self._state_file(fd)[1], bytes(data)),
             may_use=lambda path: path.exists() and "/" + str(path.relative_to(root)) not in self.denied,
             door_calls=calls,
         )
 
     # files
 
+    def _state_file(self, fd: int) -> Any:
+        """Of a migration's data fd: its FakeMigration, and the file."""
+        return self._file(fd, "state").what
+
     def _new_file(self, kind: str, what: Any = None) -> int:
-        fd = os.memfd_create(kind, os.MFD_CLOEXEC)
-        self._files[fd] = File(kind, os.fstat(fd).st_ino, what)
+        with self._lock:
+            fd = os.memfd_create(kind, os.MFD_CLOEXEC)
+            self._files[fd] = File(kind, os.fstat(fd).st_ino, what)
         return fd
 
     def _reap(self) -> None:
         """Notice what was closed since."""
-        for fd, file in list(self._files.items()):
-            try:
-                alive = os.fstat(fd).st_ino == file.inode
-            except OSError:
-                alive = False
-            if not alive:
-                del self._files[fd]
-                self._release(file)
+        with self._lock:
+            for fd, file in list(self._files.items()):
+                try:
+                    alive = os.fstat(fd).st_ino == file.inode
+                except OSError:
+                    alive = False
+                if not alive:
+                    del self._files[fd]
+                    self._release(file)
 
     def _release(self, file: File) -> None:
         if file.kind in ("device", "cdev"):
@@ -217,6 +227,7 @@ class FakeKernel:
             "device": self._device_calls(),
             "cdev": self._device_calls() | {0x3B76: self._bind, 0x3B77: self._attach},
             "iommufd": self._iommufd_calls(),
+            "state": {0x3B79: lambda file, view: file.what[0].precopy_info(file.what[1], view)},
         }
         call = tables[file.kind].get(request)
         if call is None:

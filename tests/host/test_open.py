@@ -12,7 +12,7 @@ from tests.host.fake_kernel import FakeKernel
 from vfu_server.errors import HostError, UsageError
 from vfu_server.host import ioctl
 from vfu_server.host.checks import Way
-from vfu_server.host.kernel import open_bdf
+from vfu_server.host.kernel import open_bdf, open_mdev
 
 TOKEN = "0b4f1f6e-0000-4000-8000-1234567890ab"
 
@@ -208,3 +208,66 @@ async def test_two_functions_side_by_side(by_cdev, machine):
     await first.aclose()
     assert second.read(0, 0x10, 4) == 0x22222222
     await second.aclose()
+
+
+# --- mediated devices
+
+
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
+@pytest.fixture(params=["group", "cdev"])
+def mediated(machine, no_leaks, request):
+    """A kernel with one mediated device, which has an IOMMU group of no IOMMU and no ids in sysfs."""
+    function = FakeFunction(UUID)
+    function.sizes[7] = 0xFF
+    machine.mdev(UUID, "mtty-2", driver="mtty", cdev="vfio3")
+    machine.nodes("/dev/vfio/vfio", "/dev/vfio/7")
+    fake = FakeKernel(machine.root, function)
+    if request.param == "cdev":
+        machine.cdev_nodes("vfio3")
+        fake.cdevs["vfio3"] = function
+    fake.has_hwpt = False  # there is no IOMMU before it
+    fake.way = Way(request.param)
+    yield fake
+    fake.close()
+
+
+@trio_test
+async def test_mediated_device(mediated):
+    host = await open_mdev(UUID, kernel=mediated.kernel)
+    assert (host.name, host.attachment.way, host.can_reset) == (UUID, mediated.way, True)
+    assert (host.function.mdev_type, host.function.driver, host.migration) == ("mtty-2", "mtty", None)
+    assert (host.regions[7].size, host.identity().vendor) == (0xFF, 0x1234)
+    await host.aclose()
+
+
+@pytest.mark.parametrize("told", [False, True])
+@trio_test
+async def test_reset_of_a_mediated_device_that_does_not_say_that_it_has_one(mediated, told):
+    function = mediated.functions[UUID]
+    function.tells_reset, function.resets = told, True
+    host = await open_mdev(UUID, kernel=mediated.kernel)
+    assert (host.can_reset, function.calls.count("reset")) == (True, 0 if told else 1)
+    assert await host.reset() == "DEVICE_RESET"
+    await host.aclose()
+    function.resets = function.tells_reset = False
+    host = await open_mdev(UUID, kernel=mediated.kernel)
+    assert not host.can_reset
+    await host.aclose()
+
+
+@trio_test
+async def test_mediated_devices_that_cannot_be_opened(machine, mediated):
+    other = UUID.replace("8", "9")
+    with pytest.raises(HostError, match=f"no mediated device {other}") as failed:
+        await open_mdev(other, kernel=mediated.kernel)
+    assert failed.value.errno == errno.ENODEV
+    assert "mdev_supported_types" in "".join(failed.value.__notes__)
+    machine.mdev(other, "mtty-1", driver="", group=9)
+    with pytest.raises(HostError, match=r"\(mtty-1\) has no driver"):
+        await open_mdev(other, kernel=mediated.kernel)
+    third = UUID.replace("8", "7")
+    machine.mdev(third, "mtty-1", driver="mtty", group=10)
+    with pytest.raises(HostError, match=r"missing: /dev/vfio/10"):
+        await open_mdev(third, kernel=mediated.kernel)

@@ -81,6 +81,19 @@ class Machine:
             write(self.root / f"sys/kernel/iommu_groups/{group}/name", group_name)
         return folder
 
+    def mdev(self, uuid: str, kind: str, *, driver: str, group: int = 7, cdev: str = "") -> None:
+        """Add a mediated device of type `kind`; its group is one that stands for no IOMMU."""
+        folder = self.root / "sys/bus/mdev/devices" / uuid
+        folder.mkdir(parents=True)
+        link(folder / "mdev_type", f"../mdev_supported_types/{kind}")
+        link(folder / "iommu_group", f"../../../../kernel/iommu_groups/{group}")
+        link(self.root / f"sys/kernel/iommu_groups/{group}/devices/{uuid}", f"../../../../bus/mdev/devices/{uuid}")
+        write(self.root / f"sys/kernel/iommu_groups/{group}/name", "vfio-noiommu\n")
+        if driver:
+            link(folder / "driver", f"../../../bus/mdev/drivers/{driver}")
+        if cdev:
+            (folder / "vfio-dev" / cdev).mkdir(parents=True)
+
     def rebind(self, bdf: str, driver: str) -> None:
         path = self.root / "sys/bus/pci/devices" / bdf / "driver"
         path.unlink(missing_ok=True)

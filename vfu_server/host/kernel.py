@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 ALL_ONES = 0xFFFFFFFF
 SETTLE_DEADLINE = 1.0
-"""Seconds for a state change that a driver is at when the function is to be closed."""
+"""Seconds for what a driver that migrates is still at when the function is to be closed."""
 EVENT_WORDS = {
     IrqIndex.ERR: ("error", "the function reports an error that it does not recover from (AER)"),
     IrqIndex.REQ: ("request", "the kernel wants the function back: an unbind or a removal waits until it is closed"),

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+import trio
+
 from vfu_server import uapi
 from vfu_server.device import PrecopyInfo
 from vfu_server.errors import HostError
@@ -37,12 +39,17 @@ class KernelStateFile:
         self._reinit = reinit
         self._data = PatientCall[bytes](f"{name} data")
         self._numbers = PatientCall[tuple[int, int, int]](f"{name} pre-copy")
+        self._asking = trio.Lock()
         self._closing = False
+        self.closed = False
 
     async def read(self, size: int) -> bytes:
         """See StateFile. It is the driver's own read."""
-        if not self._data.pending:
-            self._begin(self._data, lambda fd: self._kernel.read(fd, size))
+        if self._data.pending:  # of who was cancelled: its bytes count, its end was perhaps that of a pre-copy
+            with suppress(OSError):
+                if data := await self._data.result():
+                    return data
+        self._begin(self._data, lambda fd: self._kernel.read(fd, size))
         return await self._result(self._data, "the state could not be read")
 
     async def write(self, data: bytes) -> None:
@@ -63,9 +70,12 @@ class KernelStateFile:
 
     async def precopy_info(self) -> PrecopyInfo:
         """See StateFile. Without the opt-in of newer kernels the flags mean nothing."""
-        if not self._numbers.pending:
+        async with self._asking:
+            if self._numbers.pending:  # an answer that somebody has given up, and old by now
+                with suppress(OSError):
+                    await self._numbers.result()
             self._begin(self._numbers, lambda fd: kernel_calls.precopy_info(self._kernel.ioctl, fd))
-        flags, initial, dirty = await self._result(self._numbers, "the driver does not tell what is left to save")
+            flags, initial, dirty = await self._result(self._numbers, "the driver does not tell what is left to save")
         return PrecopyInfo(initial, dirty, self._reinit and bool(flags & uapi.PRECOPY_INFO_REINIT))
 
     def _begin(self, call: PatientCall[T], function: Callable[[int], T]) -> None:
@@ -88,6 +98,12 @@ class KernelStateFile:
 
     def _close(self) -> None:
         os.close(self._fd)
+        self.closed = True
+
+    async def settled(self) -> None:
+        """Wait until no call is under way."""
+        await self._data.settled()
+        await self._numbers.settled()
 
 
 class KernelMigration:
@@ -100,6 +116,7 @@ class KernelMigration:
         self._device_fd = device_fd
         self._name = name
         self._reinit = bool(flags & uapi.MIGRATION_PRE_COPY) and self._tells_flags()
+        self._files: list[KernelStateFile] = []
         self._change = PatientCall[tuple[MigState, int]](f"{name} state")
 
     @classmethod
@@ -136,7 +153,11 @@ class KernelMigration:
         except OSError as error:
             text = f"{self._name}: its driver {self.migrator} refused state {state.name}: {error.strerror}"
             raise HostError(text, error.errno) from error
-        return KernelStateFile(self._kernel, fd, self._name, reinit=self._reinit) if fd >= 0 else None
+        if fd < 0:
+            return None
+        file = KernelStateFile(self._kernel, fd, self._name, reinit=self._reinit)
+        self._files = [*(other for other in self._files if not other.closed), file]
+        return file
 
     async def state(self) -> MigState:
         """See MigrationDoor."""
@@ -161,8 +182,10 @@ class KernelMigration:
             raise HostError(text, error.errno) from error
 
     async def settled(self) -> None:
-        """Wait until no change is under way."""
+        """Wait until no call is under way, also on the data of sessions."""
         await self._change.settled()
+        for file in self._files:
+            await file.settled()
 
     async def _forget_abandoned(self) -> None:
         """Wait for a change that somebody has given up; a data fd that it brought is nobody's."""

@@ -4,7 +4,6 @@ It must not know which call it is.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -33,8 +32,10 @@ class PatientCall(Generic[T]):
         token = trio.lowlevel.current_trio_token()
 
         def deliver(outcome: Any) -> None:  # in the thread
-            with suppress(trio.RunFinishedError):
+            try:
                 token.run_sync_soon(self._finished, outcome.unwrap)
+            except trio.RunFinishedError:  # nobody waits any more, but what was to be done afterwards is done
+                self._finished(outcome.unwrap)
 
         trio.lowlevel.start_thread_soon(function, deliver, name=self._name)
 
