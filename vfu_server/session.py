@@ -202,9 +202,7 @@ class Session:
             self._load.attach(None)
             self._context.detach()
             self._peers.disconnect(self._name)
-            with trio.CancelScope(
-                shield=True, deadline=trio.current_time() + RELEASE_DEADLINE + RECLAIM_DEADLINE + UNMAP_DEADLINE
-            ):
+            with trio.CancelScope(shield=True):  # each part of it has its own deadline
                 await trio.to_thread.run_sync(self._context.join)
                 for event in self._context.events():
                     if isinstance(event, Message):
@@ -227,13 +225,20 @@ class Session:
                         self._touched = True
                         log.info("client connected")
                     case Disconnected(reason):
-                        # Whoever did not even negotiate shall not fill the log.
-                        log.log(logging.INFO if self._touched else logging.DEBUG, "client disconnected: %s", reason)
+                        self._tell_end(reason)
                         return
                     case Notice(text):
                         self._mistake(text)
                     case Fault(error, where):
                         log.error("the plugin failed at a trapped %s: %r", where, error, exc_info=error)
+
+    def _tell_end(self, reason: str) -> None:
+        """The client has gone. Whoever did not even negotiate shall not fill the log; whoever goes amid a migration is
+        missed.
+        """
+        state = self._migration.state
+        level = logging.INFO if state in (MigState.RUNNING, MigState.STOP) else logging.WARNING
+        log.log(level if self._touched else logging.DEBUG, "client disconnected in state %s: %s", state.name, reason)
 
     async def _handle(self, message: Message) -> None:
         error, payload = 0, b""
@@ -263,9 +268,11 @@ class Session:
         if self._touched and not self._gone:
             await self._bring_back()
         try:
-            await self._memory.forget()
-        except HostError as error:
-            log.warning("client memory could not be unmapped: %s", error)
+            with trio.fail_after(UNMAP_DEADLINE):
+                await self._memory.forget()
+        except (HostError, trio.TooSlowError) as error:
+            why = str(error) or f"it took longer than {UNMAP_DEADLINE:g} s"
+            log.warning("client memory could not be unmapped: %s", why)
 
     async def _bring_back(self) -> None:
         """Reset the device; `refused` says why, if that failed."""
@@ -291,13 +298,13 @@ class Session:
         async for event in self._host.events():
             if event.kind == "gone":
                 self._gone = DeviceGoneError(f"the device is gone: {event.message}")
-                log.error("%s", self._gone)
-                await self._migration.fail()
-                # Its client is served on: a VMM does not survive the loss of its server, but it survives a dead device.
-                if self._idle.is_set():
-                    raise self._gone
-                return
-            log.warning("the device says: %s %s", event.kind, event.message)
+                log.error("%s, in state %s", self._gone, self._migration.state.name)
+                await self._migration.lose(self._gone)
+            else:
+                log.warning("the device says: %s %s", event.kind, event.message)
+        # Its client is served on: a VMM does not survive the loss of its server, but it survives a dead device.
+        if self._gone and self._idle.is_set():
+            raise self._gone
 
     async def _relay(self, command: Command, payload: bytes) -> bytes:
         """Send a DMA message of the device's server on to the client, if it is for memory that the client has shared

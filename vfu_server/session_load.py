@@ -8,7 +8,7 @@ import logging
 
 import trio
 
-from vfu_server.device import Device
+from vfu_server.device import Device, Section
 from vfu_server.errors import DeadlineError, MigrationError, PluginError, StreamFormatError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 SERVER_SECTIONS = {"config": 1}
 """Our own sections by tag, with the newest version that is understood."""
 
+SECTION_DEADLINE = 4.0
+"""Seconds for a plugin to take one section."""
 SLICE = 32 << 10
 """Bytes that are read in one go: some milliseconds, if they are records without payload."""
 TURN = 0.002
@@ -158,4 +160,11 @@ class Load:
             check_config(self._host, item.section.payload)
             self._config = item.section.payload
         else:
-            await self._device.load(item.section)
+            await self._give(item.section)
+
+    async def _give(self, section: Section) -> None:
+        """A section for the plugin, whose patience ends before that of a client that waits for room behind it."""
+        with trio.move_on_after(SECTION_DEADLINE) as scope:
+            await self._device.load(section)
+        if scope.cancelled_caught:
+            raise DeadlineError(f"the plugin took longer than {SECTION_DEADLINE} s over section {section.tag!r}")

@@ -13,7 +13,7 @@ import trio
 
 from vfu_server import feature, uapi
 from vfu_server.device import Device
-from vfu_server.errors import ClientError, DeadlineError, HostError
+from vfu_server.errors import ClientError, DeadlineError, HostError, PluginError, StateError, VfuServerError
 from vfu_server.feature import FeatureRequest, Offer
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.context import Message
@@ -146,8 +146,16 @@ class Messages:
         return feature.precopy_info_reply(request, info, with_flags=self.precopy_flags)
 
     async def _ask(self, question: Callable[[], Awaitable[Answer]], name: str) -> Answer:
-        with trio.move_on_after(QUESTION_DEADLINE):
-            return await question()
+        try:
+            with trio.move_on_after(QUESTION_DEADLINE):
+                return await question()
+        except StateError:
+            raise  # the client's mistake
+        except VfuServerError as error:
+            raise PluginError(f"the plugin's {name} failed: {error}", error.errno) from error
+        except Exception as error:
+            log.exception("the plugin's %s failed", name)
+            raise PluginError(f"the plugin's {name} failed: {error!r}") from error
         raise DeadlineError(f"the plugin's {name} took longer than {QUESTION_DEADLINE} s")
 
     async def _dma_logging(self, request: FeatureRequest) -> bytes:

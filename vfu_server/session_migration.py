@@ -8,13 +8,22 @@ not know messages or sockets; who waits for a state change is told by return or 
 import contextlib
 import errno
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from vfu_server.device import Device, PrecopyInfo, StopKind
-from vfu_server.errors import DeadlineError, HostError, PluginError, StateError, StateLostError, VfuServerError
-from vfu_server.libvfio_user.context import Context
+from vfu_server.errors import (
+    DeadlineError,
+    DeviceGoneError,
+    HostError,
+    PluginError,
+    StateError,
+    StateLostError,
+    VfuServerError,
+)
+from vfu_server.libvfio_user.context import Context, KeptWrite
 from vfu_server.migration import Arc, Step, data_session, migration_flags, next_step, steps, undo
 from vfu_server.policy import StateClass
 from vfu_server.session_counts import MigrationCounts
@@ -48,6 +57,10 @@ class Migration:
         self._context = context
         self._save = save
         self._load = load
+        self._lost: DeviceGoneError | None = None
+        self._kept: deque[KeptWrite] = deque()
+        """Writes that were taken out of C and not yet given to the plugin."""
+        self._failed_write: KeptWrite | None = None
         self._steps: dict[Step, Callable[[Arc], Awaitable[None]]] = {
             Step.SWITCH_CLASS: lambda arc: self.switch_class(arc.target_class),
             Step.SWITCH_BACK: lambda arc: self.switch_class(arc.source_class),
@@ -90,7 +103,7 @@ class Migration:
 
     async def _open_load(self) -> None:
         await self._load.open()
-        self._context.drop_kept_writes()  # they were for the state that is given up
+        self._drop_kept_writes()  # they were for the state that is given up
 
     async def precopy_info(self) -> PrecopyInfo:
         """What a pre-copy has still to give. StateError in any other state, as the kernel's."""
@@ -108,9 +121,10 @@ class Migration:
         for step in steps(arc):
             try:
                 await self._steps[step](arc)
+                self._must_be_there()
             except BaseException as error:
                 await self._undo(arc, step, error)
-                if isinstance(error, Exception) and not isinstance(error, VfuServerError):
+                if _bug(error) is not None:
                     raise PluginError(f"{arc}, step '{step.value}': unexpected {error!r}", errno.EIO) from error
                 raise
         self.state = arc.target
@@ -118,8 +132,10 @@ class Migration:
 
     async def _undo(self, arc: Arc, failed: Step, error: BaseException) -> None:
         cause = "it was cancelled or timed out" if isinstance(error, trio.Cancelled) else str(error)
-        log.warning("migration: %s failed at step '%s': %s", arc, failed.value, cause)
-        if isinstance(error, StateLostError):
+        bug = _bug(error)
+        level = logging.WARNING if bug is None else logging.ERROR
+        log.log(level, "migration: %s failed at step '%s': %s", arc, failed.value, cause, exc_info=bug)
+        if isinstance(error, StateLostError) or self._lost is not None:
             await self.fail()
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + UNDO_DEADLINE) as scope:
@@ -127,8 +143,8 @@ class Migration:
                 for step in undo(arc, failed):
                     await self._steps[step](arc)
                 return
-            except Exception:
-                log.exception("migration: %s could not be undone", arc)
+            except Exception as second:
+                log.error("migration: %s could not be undone: %s", arc, second, exc_info=_bug(second))
         if scope.cancelled_caught:
             log.error("migration: undoing %s took longer than %s s", arc, UNDO_DEADLINE)
         await self.fail()
@@ -138,6 +154,15 @@ class Migration:
         self.state = MigState.ERROR
         with trio.CancelScope(shield=True):
             await self.switch_class(StateClass.ERROR)
+
+    async def lose(self, cause: DeviceGoneError) -> None:
+        """The device is gone for good: ERROR, also for a change of state that is under way."""
+        self._lost = cause
+        await self.fail()
+
+    def _must_be_there(self) -> None:
+        if self._lost is not None:
+            raise self._lost.with_traceback(None)
 
     async def reset(self) -> None:
         """Bring the device to RUNNING by a reset, from any state. On failure the state is ERROR."""
@@ -151,10 +176,11 @@ class Migration:
             with contextlib.suppress(StateLostError):
                 await self._save.close()
             await self._load.close()
-        self._context.drop_kept_writes()
+        self._drop_kept_writes()
         try:
             with trio.fail_after(RESET_DEADLINE):
                 await self._device.reset()
+            self._must_be_there()
         except trio.TooSlowError:
             await self.fail()
             raise DeadlineError(f"the device's reset took longer than {RESET_DEADLINE} s") from None
@@ -164,6 +190,7 @@ class Migration:
             error.add_note("while the device was reset")
             raise
         except Exception as error:
+            log.exception("the plugin's reset failed")
             await self.fail()
             raise PluginError(f"the plugin's reset failed: {error!r}", errno.EIO) from error
         self.counts.resets += 1
@@ -185,12 +212,28 @@ class Migration:
             await self._apply_kept_writes()
 
     async def _apply_kept_writes(self) -> None:
-        failed: VfuServerError | None = None
-        for kept in self._context.take_kept_writes():
+        """In their order. One that fails is tried once more, with all behind it, when the device starts again; after
+        that it is dropped, since a guest that stands still for good would be worse.
+        """
+        self._kept += self._context.take_kept_writes()
+        while self._kept:
+            kept = self._kept[0]
             try:
                 self._device.shadow_write(kept.region, kept.offset, kept.width, kept.value)
-            except VfuServerError as error:
-                failed = failed or error  # the others must not be lost with it
+            except Exception as error:
+                if self._failed_write is not kept:
+                    self._failed_write = kept
+                    raise
+                where = f"region {kept.region} at {kept.offset:#x}"
+                log.error("a write to %s that was kept is lost: %s", where, error, exc_info=_bug(error))
+            self._kept.popleft()
         await trio.lowlevel.checkpoint()
-        if failed is not None:
-            raise failed
+
+    def _drop_kept_writes(self) -> None:
+        self._context.drop_kept_writes()
+        self._kept.clear()
+
+
+def _bug(error: BaseException) -> Exception | None:
+    """`error`, if it is nobody's known fault: the log gets its traceback."""
+    return error if isinstance(error, Exception) and not isinstance(error, VfuServerError) else None

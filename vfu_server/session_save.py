@@ -8,11 +8,12 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 
 import trio
 
 from vfu_server.device import Device, PrecopyInfo, SavePhase, Section
-from vfu_server.errors import MigrationError, PluginError, StateLostError, VfuServerError
+from vfu_server.errors import DeadlineError, MigrationError, PluginError, StateLostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 PADDING_AFTER = 1.0
 """Seconds that a client's read waits before a padding section answers it; the client gives up after some."""
 PADDING_BYTES = 64
+SILENCE = 60.0
+"""Seconds that a client waits for a stopped device's next section until the save is given up."""
 PATIENCE = 0.1
 """Seconds that a client's read waits at most in pre-copy before it is told that there is nothing for now."""
 LOOK_AGAIN = 0.05
@@ -60,6 +63,8 @@ class Save:
         """Place in the stream behind the first pass of a pre-copy; None while the plugin is at it."""
         self._reinit = False
         """A new first pass has begun, which the client was not told yet."""
+        self._sections = 0
+        """How many the plugin has given or begun to give."""
         self._failure: VfuServerError | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
@@ -225,9 +230,11 @@ class Save:
 
     async def _stop_copy(self) -> None:
         began = trio.current_time()
-        with self._revocation.lifted(), self._beside(self._pad):
+        with self._revocation.lifted(), trio.CancelScope() as plugin, self._beside(partial(self._pad, plugin)):
             await self._put(Section("config", 1, save_config(self._host)), Origin.SERVER)
             await self._device.save(SavePhase.STOP_COPY, self)
+        if plugin.cancelled_caught:
+            raise DeadlineError(f"the plugin gave nothing for {SILENCE} s")
         async with self._records:
             await self._send_all((self._open_writer().end(),))
         self._ring.finish()
@@ -238,6 +245,7 @@ class Save:
         await self._put(section, Origin.PLUGIN)
 
     async def _put(self, section: Section, origin: Origin) -> None:
+        self._sections += 1
         async with self._records:  # cancelled here: nothing was taken
             try:
                 await self._send_all(self._open_writer().section(section, origin))
@@ -261,12 +269,20 @@ class Save:
             if not self._backlog[0]:
                 self._backlog.popleft()
 
-    async def _pad(self, scope: trio.CancelScope) -> None:
-        """Answer a client that waits while the plugin has nothing yet: its patience has an end."""
+    async def _pad(self, plugin: trio.CancelScope, scope: trio.CancelScope) -> None:
+        """Answer a client that waits while the plugin has nothing yet: its patience has an end. So has ours: `plugin`
+        is cancelled when nothing has come for too long, since the guest stands still meanwhile.
+        """
         with scope, contextlib.suppress(MigrationError):  # a session that is over needs none
+            given, since = self._sections, trio.current_time()
             while True:
                 await trio.sleep(PADDING_AFTER)
-                if self._ring.wanted and not self._records.locked():
+                waited_for = self._ring.wanted and not self._records.locked()
+                if self._sections != given or not waited_for:
+                    given, since = self._sections, trio.current_time()
+                elif trio.current_time() - since >= SILENCE:
+                    plugin.cancel()
+                if waited_for:
                     async with self._records:
                         await self._send_all(self._open_writer().padding(PADDING_BYTES))
 
