@@ -175,7 +175,7 @@ class Session:
             with trio.move_on_after(RECLAIM_DEADLINE):
                 await self._idle.wait()
         if self._idle.is_set() and self._refused and not self._gone:
-            await self._bring_back()  # what failed once, on a busy machine, need not fail again
+            await self._reclaim()  # what failed once, on a busy machine, need not fail again
         if not self._idle.is_set():
             log.warning("a second client was refused: one is being served")
             nursery.start_soon(refuse_client, sock_fd, errno.EBUSY)
@@ -197,6 +197,8 @@ class Session:
                 self._load.attach(nursery)
                 await self._pump_events(nursery)
                 nursery.cancel_scope.cancel()
+        except OSError as error:  # of `attach`: this client cannot be served, the device is none the worse for it
+            log.error("a client could not be served: %s", error.strerror)
         finally:
             self._save.attach(None)
             self._load.attach(None)
@@ -262,6 +264,7 @@ class Session:
         """Bring the device back from a client that has gone: interrupts off, DMA stopped, memory unmapped, state
         RUNNING.
         """
+        self._refused = ""
         with trio.move_on_after(RELEASE_DEADLINE), contextlib.suppress(HostError):
             await self._messages.release_irqs()
             await self._dirty.stop()
@@ -272,11 +275,12 @@ class Session:
                 await self._memory.forget()
         except (HostError, trio.TooSlowError) as error:
             why = str(error) or f"it took longer than {UNMAP_DEADLINE:g} s"
-            log.warning("client memory could not be unmapped: %s", why)
+            # The next client's device must not reach it.
+            self._refused = self._refused or f"the last client's memory could not be unmapped: {why}"
+            log.error("%s", self._refused)
 
     async def _bring_back(self) -> None:
         """Reset the device; `refused` says why, if that failed."""
-        self._refused = ""
         try:
             with trio.fail_after(RECLAIM_DEADLINE), self._revocation.lifted():
                 await self._stop_dma()

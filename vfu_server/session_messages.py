@@ -79,12 +79,24 @@ class Messages:
         if kind == uapi.IRQ_SET_DATA_BOOL and len(data) < count:
             raise ClientError(f"SET_IRQS: {len(data)} bytes of BOOL data for {count} vectors")
         data = data[:count] if kind == uapi.IRQ_SET_DATA_BOOL else b""
-        await self._host.set_irqs(index, flags, start, count, data, message.fds)
         if flags & uapi.IRQ_SET_ACTION_TRIGGER and kind == uapi.IRQ_SET_DATA_EVENTFD:
-            self.armed.add(index)
-        elif flags & uapi.IRQ_SET_ACTION_TRIGGER and kind == uapi.IRQ_SET_DATA_NONE and count == 0:
+            await self._arm(index, self._host.set_irqs(index, flags, start, count, data, message.fds))
+            return b""
+        await self._host.set_irqs(index, flags, start, count, data, message.fds)
+        if flags & uapi.IRQ_SET_ACTION_TRIGGER and kind == uapi.IRQ_SET_DATA_NONE and count == 0:
             self.armed.discard(index)
         return b""
+
+    async def _arm(self, index: int, request: Awaitable[None]) -> None:
+        """Remember `index` unless it was refused: what is not answered in time may have been done all the same."""
+        known = index in self.armed
+        self.armed.add(index)
+        try:
+            await request
+        except HostError as error:
+            if not known and error.errno != errno.ETIMEDOUT:
+                self.armed.discard(index)
+            raise
 
     async def release_irqs(self) -> None:
         """Turn off what the client has set up: its eventfds go back."""

@@ -315,6 +315,8 @@ class KernelHost:
     async def reset(self) -> str:
         """See HostDevice: DEVICE_RESET, else a hot reset that hits nobody else."""
         self._check_open()
+        if self._door.gone:
+            raise DeviceGoneError(f"{self.name} is gone")
         return await self._ladder.reset()
 
     async def device_feature(self, flags: int, data: bytes = b"", reply_size: int = 0) -> bytes:

@@ -150,6 +150,9 @@ remove_maps(struct vs_door *door, size_t first, size_t last, uint64_t *unmapped)
 {
     int ret = 0;
 
+    if (first == last) {
+        return 0;   /* also where there is no table yet */
+    }
     for (size_t i = first; i < last; i++) {
         struct vs_map *map = &door->maps[i];
         int err = door->ops->unmap(door, map);
