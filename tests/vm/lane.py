@@ -68,13 +68,15 @@ def vm_checks(
     kernel_name: KernelName,
     devices: Sequence[Device],
     timeout: float = 90,
+    **options: object,
 ) -> Checks:
     """Run a script of checks in one machine; how it ended is told by each check that asks.
 
     Of a run that failed everything is kept in build/vm, which outlives pytest's folders.
     """
     try:
-        result = vm_python(script, *arguments, folder=folder, kernel_name=kernel_name, devices=devices, timeout=timeout)
+        options |= {"devices": devices, "timeout": timeout}
+        result = vm_python(script, *arguments, folder=folder, kernel_name=kernel_name, **options)
         status, end = result.status, result.stderr
     except VmError as error:
         status, end = -1, str(error)
