@@ -27,5 +27,5 @@ def install_synthetic(folder: Path) -> Path:
 
 def options(**shape: float) -> list[str]:
     """The command line of a server with such a device, but for its socket."""
-    chosen = [word for name, value in shape.items() for word in ("--option", f"{name}={float(value):g}")]
+    chosen = [word for name, value in shape.items() for word in ("--option", f"{name}={float(value)!r}")]
     return ["--plugin", "synthetic", "--model", "synthetic", *chosen]
