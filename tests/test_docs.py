@@ -34,8 +34,12 @@ from vfu_server import (
 from vfu_server.exit_codes import MEANINGS, ExitCode
 from vfu_server.migration import Arc, Step
 from vfu_server.model_server import program
+from vfu_server.tools import migrate as tool_migrate
+from vfu_server.tools import stream as tool_stream
+from vfu_server.tools.outcome import Outcome
 
 RUNNING = "docs/operators/running.md"
+TOOLS = "docs/operators/tools.md"
 CONTRACT = "docs/plugins/contract.md"
 
 by_document = pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(TREE)))
@@ -53,6 +57,7 @@ SERVER_OPTIONS = options_of(cli_parser.build())
 MODEL_OPTIONS = options_of(program._parser()) - {"--help"}
 DOCTOR_OPTIONS = options_of(cli_doctor.build()) - {"--help"}
 TRACE_OPTIONS = options_of(cli_trace.build()) - {"--help"}
+TOOL_OPTIONS = options_of(tool_migrate.build()) | options_of(tool_stream.build())
 
 
 # --- what operators read
@@ -80,7 +85,32 @@ def test_every_option_of_a_model_is_in_its_table():
 @by_document
 def test_options_in_the_text_exist(path):
     named = set(re.findall(r"`(--[a-z][\w-]*)[`= ]", prose(path)))
-    assert named - SERVER_OPTIONS - MODEL_OPTIONS - DOCTOR_OPTIONS - TRACE_OPTIONS == set()
+    assert named - SERVER_OPTIONS - MODEL_OPTIONS - DOCTOR_OPTIONS - TRACE_OPTIONS - TOOL_OPTIONS == set()
+
+
+def test_every_option_of_the_tools_is_in_their_table():
+    documented = {name for row in table(TOOLS, "option") for name in re.findall(r"`(--[\w-]+)`", row[0])}
+    assert documented == TOOL_OPTIONS
+
+
+def test_exit_codes_of_the_tools():
+    assert [int(row[0]) for row in table(TOOLS, "code")] == [outcome.value for outcome in Outcome]
+    for parser in (tool_migrate.build(), tool_stream.build()):
+        assert re.findall(r"^    (\d)  ", parser.format_help(), re.MULTILINE) == [str(each.value) for each in Outcome]
+
+
+def test_examples_of_the_tools_parse():
+    shown = [line for block in blocks(TREE / TOOLS, "console") for line in commands(block)]
+    assert len(shown) == 5
+    for line in shown:
+        name, *words = shlex.split(line)
+        {"vfu-migrate": tool_migrate, "vfu-stream": tool_stream}[name].build().parse_args(words)
+
+
+def test_the_tools_are_installed():
+    scripts = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, module in (("vfu-migrate", tool_migrate), ("vfu-stream", tool_stream)):
+        assert scripts[name] == f"{module.__name__}:{module.main.__name__}"
 
 
 def test_choices_of_options_are_named():

@@ -11,7 +11,7 @@ PACKAGE = "vfu_server"
 
 # High to low. A name stands for the module and all below it, and the longest match counts. A new module is added here.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("cli", "demo", "__main__"),
+    ("cli", "demo", "tools", "__main__"),
     (
         *("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "trace", "capabilities"),
         *("exit_codes", "doctor"),

@@ -4,13 +4,13 @@ A plugin is a module (or object) under the entry point group `vfu_server`. It is
 methods of the `Device` that it returned are called, never a hook again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
-    from vfu_server.device import Device, ModelCommand
+    from vfu_server.device import Device, ModelCommand, Section, StateIdentity
     from vfu_server.host_device import HostDevice
 
 PROJECT = "vfu_server"
@@ -43,4 +43,12 @@ def vfu_server_describe(options: Mapping[str, str]) -> "Mapping[str, object]":
     Keys: `summary` (one sentence); `policies`, a mapping from a variant's name (a profile, a device family) to
     `(Policy, {region index: size in bytes})`; and, if there are any, `registers`, a mapping from a variant's name (in
     its `StateIdentity`) to `{region index: Block}`, for those who read traces.
+    """
+
+
+@hookspec
+def vfu_server_decode(identity: "StateIdentity", section: "Section") -> "Iterable[str]":
+    """What a section of this plugin's says, in lines for people: `vfu-stream` prints them.
+
+    There is no device. The section's sums were right; what it holds is as a stranger's. Raises StreamFormatError.
     """

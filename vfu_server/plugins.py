@@ -14,7 +14,7 @@ from typing import Any
 import pluggy
 
 from vfu_server import hookspecs, plugins_installed
-from vfu_server.device import Device, ModelCommand
+from vfu_server.device import Device, ModelCommand, Section, StateIdentity
 from vfu_server.errors import HostError, PluginError, UsageError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins_installed import Entry
@@ -213,6 +213,16 @@ class Plugins:
             names = " and ".join(repr(plugin.name) for plugin, _ in owners)
             raise UsageError(f"--model {model}: plugins {names} both have one: choose with --plugin")
         return owners[0][1]
+
+    def decode(self, plugin: Plugin, identity: StateIdentity, section: Section) -> list[str] | None:
+        """What `plugin` says of a section of its own, in lines; None if it says nothing. Raises what it raises."""
+        answers = self._ask(plugin, "vfu_server_decode", identity=identity, section=section)
+        try:
+            return [str(line) for answer in answers for line in answer] if answers else None
+        except VfuServerError:
+            raise
+        except Exception as error:
+            raise PluginCrashError(f"plugin {plugin.name!r} failed in vfu_server_decode: {_one_line(error)}") from error
 
     def describe(self, plugin: Plugin, options: Mapping[str, str]) -> Description:
         """What `plugin` says of itself."""

@@ -53,6 +53,8 @@ __all__ = [
     "Known",
     "Origin",
     "ReadableBuffer",
+    "SectionRecord",
+    "Seen",
     "StreamEnd",
     "StreamHeader",
     "StreamItem",
@@ -66,6 +68,8 @@ Crc32c: TypeAlias = Callable[[ReadableBuffer, int], int]
 """`crc32c(data, value)`: continues `value` (0 to begin, or an earlier result) over `data`."""
 Known: TypeAlias = Callable[[Origin, str, int], bool]
 """`known(origin, tag, version)`: whether such a section can be read here."""
+Seen: TypeAlias = Callable[[SectionRecord, int], None]
+"""`seen(record, position)`: a section record that fits, at that byte of the stream; its payload comes behind it."""
 
 _BODY: Final = {SECTION_MARK: SECTION.size + CRC.size, END_MARK: END.size + CRC.size}
 
@@ -168,11 +172,13 @@ class StreamReader:
     skipped if it is optional, and refused by name if it is not. Without `known` every section is given out. Padding
     never is.
 
-    Every fault is a StreamFormatError that says where and what was expected; the reader stays broken and says it again.
+    `seen` is told of every section record, padding too. Every fault is a StreamFormatError that says where and what was
+    expected; the reader stays broken and says it again.
     """
 
-    def __init__(self, crc32c: Crc32c, *, known: Known | None = None) -> None:
+    def __init__(self, crc32c: Crc32c, *, known: Known | None = None, seen: Seen | None = None) -> None:
         self._crc32c = crc32c
+        self._seen = seen
         self._known: Known = known if known is not None else lambda _origin, _tag, _version: True
         self._crc = 0
         self._fault: StreamFormatError | None = None
@@ -209,6 +215,11 @@ class StreamReader:
                 self._take_payload(piece)
             else:
                 self._hold(piece)
+        return self._items
+
+    @property
+    def items(self) -> list[StreamItem]:
+        """What the last push gave; if it raised, what had become complete before the fault."""
         return self._items
 
     def finish(self) -> None:
@@ -280,6 +291,8 @@ class StreamReader:
             raise UnfitError(f"the rest of section {self._section}", f"section {record}")
         if record.offset != self._received:
             raise UnfitError(f"bytes of section {record} from {self._received} on", f"those from {record.offset} on")
+        if self._seen is not None:
+            self._seen(record, self.position - RECORD.size - len(data))
         self._section = record
         self._chunk_left = record.chunk
         self._wait_for(f"the payload of section {record}", self._take_payload_sum, CRC.size)

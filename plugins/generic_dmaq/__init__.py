@@ -3,9 +3,9 @@
 The hooks by which the server meets this plugin; what they need is imported when they are called.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from vfu_server.device import Device, ModelCommand
+from vfu_server.device import Device, ModelCommand, Section, StateIdentity
 from vfu_server.hookspecs import hookimpl
 from vfu_server.host_device import HostDevice
 
@@ -46,3 +46,11 @@ def vfu_server_describe(options: Mapping[str, str]) -> Mapping[str, object]:
         "policies": {name: (layout.policy, layout.sizes) for name, layout in layouts.items()},
         "registers": {name: layout.blocks for name, layout in layouts.items()},
     }
+
+
+@hookimpl
+def vfu_server_decode(identity: StateIdentity, section: Section) -> Iterable[str]:
+    """Registers by the names of the shipped profile that the state is of, by their places if there is none."""
+    from plugins.generic_dmaq.decode import decode
+
+    return decode(identity.variant, section)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins_synthetic.device import REG_CHANGE_MANY, REG_DIGEST
-from tests.plugins_synthetic.plugin import install_synthetic, options
-from tests.server.programs import Server
+from tests.plugins_synthetic.serving import serving
 from vfu_server.testing import Client, migrate
 
 MIB = 1 << 20
@@ -25,18 +24,11 @@ def folder():
 
 
 @contextlib.contextmanager
-def serving(folder, name, **shape):
+def served(folder, name, **shape):
     """A server of a synthetic device, and its client."""
-    site = folder / "site"
-    if not site.exists():
-        install_synthetic(site)
-    path = folder / f"{name}.sock"
-    with Server(*options(**shape), "--socket-path", path, sites=[site], TMPDIR=str(folder)) as server:
-        server.wait_log("listening at")
-        with Client.connect(path) as client:
-            client.negotiate()
-            yield server, client
-        assert server.end()[0] == 0, server.log
+    with serving(folder, name, **shape) as server, Client.connect(server.path) as client:
+        client.negotiate()
+        yield server, client
 
 
 def peak(server):
@@ -48,7 +40,7 @@ def peak(server):
 def move(folder, size, *, pre_copy):
     """Move a device of `size` bytes; the peaks of source and destination."""
     shape = {"size": size, "page": MIB, "pre_copy": pre_copy}
-    with serving(folder, "a", **shape) as (here, source), serving(folder, "b", **shape) as (there, destination):
+    with served(folder, "a", **shape) as (here, source), served(folder, "b", **shape) as (there, destination):
         source.write(0, REG_CHANGE_MANY, 4, 1000)
         digest = source.read(0, REG_DIGEST, 8)
         record = migrate(source, destination)
