@@ -40,8 +40,10 @@ def taken(tmp_path_factory):
         with Guest.connect(folder / "a.sock") as guest:
             edu = EduDriver(guest.start())
             assert edu.liveness(0x1234) == 0xFFFFEDCB
+            # Nothing whose answer depends on how far the device has come: the replay may find it further or less far.
             edu.use_intx()
-            assert edu.factorial(5) == 120
+            edu.raise_interrupt(0x10)
+            edu.acknowledge(0x10)
         code, _ = server.end()
     assert code == 0
     return trace, server.log
