@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
         if (here, there) in STARTS:
             if self._strikes("start"):
                 return errno.EIO
-            return self._apply_kept(there)
+            return self._apply_kept()
         if (here, there) == (RES, S):
             return self._complete()
         return 0
@@ -122,18 +122,19 @@ class Machine(RuleBasedStateMachine):
             return True
         return False
 
-    def _apply_kept(self, there):
-        """Writes of a stopped device arrive when it runs; those that fail are lost, and stop it again."""
-        failed = False
-        for value in self.kept:
-            if self._strikes("shadow_write"):
-                failed = True
-            else:
-                self.mailbox = value
-        self.kept = []
-        if failed and self._strikes("stop"):
-            self.state = MigState.ERROR
-        return errno.EIO if failed else 0
+    def _apply_kept(self):
+        """Writes of a stopped device arrive when it runs. One that fails stops it again; failing twice it is lost."""
+        while self.kept:
+            write = self.kept[0]
+            if not self._strikes("shadow_write"):
+                self.mailbox = write["value"]
+            elif not write["failed"]:
+                write["failed"] = True
+                if self._strikes("stop"):
+                    self.state = MigState.ERROR
+                return errno.EIO
+            self.kept.pop(0)
+        return 0
 
     def _complete(self):
         self.finished = True
@@ -292,7 +293,7 @@ class Machine(RuleBasedStateMachine):
         if self.state in ACCEPTS:
             self.mailbox = value
         elif self.state in (S, SC):
-            self.kept.append(value)
+            self.kept.append({"value": value, "failed": False})
         assert told == (errno.EPERM if self.state in (RES, MigState.ERROR) else 0)
 
     @rule(fault=st.sampled_from(FAULTS[1:]))
