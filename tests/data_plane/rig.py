@@ -19,6 +19,7 @@ from tests.host.fake_function import FakeFunction
 from tests.host.fake_kernel import FakeKernel
 from tests.host.tree import Machine
 from tests.plugins_synthetic.device import Shape, SyntheticDevice
+from tests.trio_thread import TrioThread
 from vfu_server.errors import DeviceGoneError
 from vfu_server.host.kernel import KernelHost, open_bdf
 from vfu_server.session import Session, SessionOptions
@@ -54,26 +55,19 @@ class Served:
         self.ended = threading.Event()
 
 
-class Rig:
+class Rig(TrioThread):
     """A kernel and what is served of it. `shape` of the plugin's device, `options` of the sessions."""
 
     def __init__(
         self, kernel: FakeKernel, served: list[Served], shape: Shape, options: SessionOptions, plugin: type[Plugin]
     ) -> None:
+        super().__init__("sessions")
         self.kernel = kernel
         self.served = {each.bdf: each for each in served}
         self._shape = shape
         self._options = options
         self._plugin = plugin
-        self._scope = trio.CancelScope()
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._token: trio.lowlevel.TrioToken
-        self._thread = threading.Thread(target=self._main, name="sessions")
-        self._thread.start()
-        assert self._ready.wait(10)
-        if self._failure is not None:
-            raise self._failure
+        self.start()
 
     # the first one, which most tests mean
 
@@ -96,22 +90,13 @@ class Rig:
 
     # its thread
 
-    def _main(self) -> None:
-        try:
-            trio.run(self._serve)
-        except BaseException as error:  # noqa: BLE001 - told where the test ends
-            self._failure = error
-        finally:
-            self._ready.set()
-
     async def _serve(self) -> None:
         peers = Peers()
-        self._token = trio.lowlevel.current_trio_token()
         with self._scope:
             async with trio.open_nursery() as nursery:
                 for served in self.served.values():
                     await nursery.start(self._serve_one, served, peers)
-                self._ready.set()
+                self._serving()
 
     async def _serve_one(self, served: Served, peers: Peers, *, task_status=trio.TASK_STATUS_IGNORED) -> None:
         served.host = await open_bdf(served.bdf, kernel=self.kernel.kernel)
@@ -137,10 +122,6 @@ class Rig:
                 await served.host.aclose()
             served.ended.set()
 
-    def on_trio(self, call, *arguments):
-        """Call a function in the sessions' thread and wait for it."""
-        return trio.from_thread.run_sync(call, *arguments, trio_token=self._token)
-
     # clients
 
     def plug(self, bdf: str = "") -> socket.socket:
@@ -154,15 +135,6 @@ class Rig:
         client = Client(self.plug(bdf), timeout=timeout)
         client.negotiate()
         return client
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            with contextlib.suppress(trio.RunFinishedError):
-                self.on_trio(self._scope.cancel)
-        self._thread.join(15)
-        assert not self._thread.is_alive()
-        if self._failure is not None:
-            raise self._failure
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ All but the kernel is the product's: the plugin vfio is asked for the device. It
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Iterator
 
 import trio
@@ -16,6 +15,7 @@ from tests.host.fake_function import FakeFunction
 from tests.host.fake_kernel import FakeKernel
 from tests.host.fake_migration import FakeMigration
 from tests.host.tree import Machine
+from tests.trio_thread import TrioThread
 from vfu_server.host.kernel import KernelHost, open_bdf
 from vfu_server.session import Session, SessionOptions
 from vfu_server.testing import Client
@@ -24,10 +24,11 @@ from vfu_server.uapi import MigState
 BDF = "0000:00:04.0"
 
 
-class Function:
+class Function(TrioThread):
     """One served function in a machine of its own below `root`; `driver` migrates it, or None."""
 
     def __init__(self, root, flags: int, state: bytes = b"", *, cdev: bool = True, migrates: bool = True) -> None:
+        super().__init__("session")
         machine = Machine(root)
         machine.function(BDF, driver="fake_vfio_pci", cdev="vfio0")
         machine.group_nodes()
@@ -39,20 +40,7 @@ class Function:
         self.driver = FakeMigration(self.kernel, self.function, flags, state) if migrates else None
         self.host: KernelHost
         self.session: Session
-        self._failure: BaseException | None = None
-        self._scope = trio.CancelScope()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="session")
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    def _main(self) -> None:
-        try:
-            trio.run(self._serve)
-        except BaseException as error:  # noqa: BLE001 - told where the test ends
-            self._failure = error
-        finally:
-            self._ready.set()
+        self.start()
 
     async def _serve(self) -> None:
         self.host = await open_bdf(BDF, kernel=self.kernel.kernel)
@@ -62,8 +50,7 @@ class Function:
             name=BDF, host=self.host, device=device, plugin_name="vfio", plugin_version="1", options=SessionOptions()
         )
         self._send, receive = trio.open_memory_channel[int](4)
-        self._token = trio.lowlevel.current_trio_token()
-        self._ready.set()
+        self._serving()
         try:
             with self._scope:
                 await self.session.run(receive.receive)
@@ -72,10 +59,6 @@ class Function:
                 await self.session.shutdown()
                 await device.aclose()
                 await self.host.aclose()
-
-    def on_trio(self, call, *arguments):
-        """Call a function in the session's thread and wait for it."""
-        return trio.from_thread.run_sync(call, *arguments, trio_token=self._token)
 
     def connect(self, *, timeout: float = 6.0) -> Client:
         """A client that has negotiated; an earlier one must have been closed, and is waited for."""
@@ -90,13 +73,7 @@ class Function:
         return self.driver._set_state(state)
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            with contextlib.suppress(trio.RunFinishedError):
-                self.on_trio(self._scope.cancel)
-        self._thread.join(15)
-        assert not self._thread.is_alive()
-        if self._failure is not None:
-            raise self._failure
+        super().close()
         self.kernel.close()
 
 

@@ -5,13 +5,13 @@ The device and the session can be looked at from the test; what the session logs
 
 import contextlib
 import socket
-import threading
 from collections.abc import Iterator
 
 import trio
 
 from tests.plugins.fake_host import FakeHost
 from tests.plugins_synthetic.device import Shape, SyntheticDevice
+from tests.trio_thread import TrioThread
 from vfu_server import uapi
 from vfu_server.errors import HostError
 from vfu_server.host_device import RegionInfo
@@ -49,30 +49,17 @@ class MemoryHost(FakeHost):
         yield None
 
 
-class InProcess:
+class InProcess(TrioThread):
     """A served device; `connect` gives clients, one after another."""
 
     def __init__(self, shape: Shape, **kinds) -> None:
+        super().__init__("session")
         self.shape = shape
         self.device_type = kinds.get("device_type", SyntheticDevice)
         self.host: MemoryHost
         self.device: SyntheticDevice
         self.session: Session
-        self._token: trio.lowlevel.TrioToken
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._scope = trio.CancelScope()
-        self._thread = threading.Thread(target=self._main, name="session", daemon=True)
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    def _main(self) -> None:
-        try:
-            trio.run(self._serve)
-        except BaseException as error:  # noqa: BLE001 - told where the test ends
-            self._failure = error
-        finally:
-            self._ready.set()
+        self.start()
 
     async def _serve(self) -> None:
         self.host = MemoryHost()
@@ -86,8 +73,7 @@ class InProcess:
             options=SessionOptions(dirty_tracking="all"),
         )
         self._send, receive = trio.open_memory_channel[int](4)
-        self._token = trio.lowlevel.current_trio_token()
-        self._ready.set()
+        self._serving()
         try:
             with self._scope:
                 await self.session.run(receive.receive)
@@ -96,10 +82,6 @@ class InProcess:
                 await self.session.shutdown()
             self.host.door.close()
 
-    def on_trio(self, call, *arguments):
-        """Call a function in the session's thread and wait for it."""
-        return trio.from_thread.run_sync(call, *arguments, trio_token=self._token)
-
     def connect(self, *, timeout: float = 5.0) -> Client:
         """A client that has negotiated; an earlier one must have been closed, and is waited for."""
         ours, theirs = socket.socketpair()
@@ -107,15 +89,6 @@ class InProcess:
         client = Client(ours, timeout=timeout)
         client.negotiate()
         return client
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            with contextlib.suppress(trio.RunFinishedError):
-                self.on_trio(self._scope.cancel)
-        self._thread.join(15)
-        assert not self._thread.is_alive()
-        if self._failure is not None:
-            raise self._failure
 
 
 @contextlib.contextmanager
