@@ -7,7 +7,6 @@ out is a ContractError in `broken`, whatever the server does with it.
 
 import random
 import struct
-import time
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -35,7 +34,6 @@ REG_CHANGE_MANY = 0x0C
 """Write: so many pages change, one after the other."""
 REG_DIGEST = 0x10
 """Read, 8 bytes: tells states apart."""
-REG_RATE = 0x18
 """So many pages change each second from now on, while it runs."""
 REG_FAULT = 0x1C
 """Write: index into FAULTS; it strikes once, after those that were ordered before with the same name."""
@@ -75,7 +73,6 @@ class Shape:
     page: int = 1 << 20
     p2p: bool = False
     pre_copy: bool = False
-    rate: float = 0.0
     slow: float = 0.0
     slow_early: float = 0.0
     slow_load: float = 0.0
@@ -136,8 +133,6 @@ class SyntheticDevice(Device):
         self.stopped: set[StopKind] = set()
         self.loading = False
         self.saving: SavePhase | None = None
-        self.rate = shape.rate
-        self.since = time.monotonic()
         self.following = 0
 
     # declarations
@@ -166,7 +161,6 @@ class SyntheticDevice(Device):
 
     def trap_read(self, region: int, offset: int, width: int) -> int:
         with self.lock:
-            self._live()
             values = {
                 REG_MAGIC: MAGIC,
                 REG_PAGES: self.shape.pages,
@@ -178,14 +172,11 @@ class SyntheticDevice(Device):
 
     def trap_write(self, region: int, offset: int, width: int, value: int) -> None:
         with self.lock:
-            self._live()
             if offset == REG_CHANGE:
                 self._change(value % self.shape.pages)
             elif offset == REG_CHANGE_MANY:
                 for _ in range(value):
                     self._change_next()
-            elif offset == REG_RATE:
-                self.rate = value
             elif offset == REG_FAULT:
                 self.faults.append(FAULTS[value])
             elif offset == REG_COUNT:
@@ -212,17 +203,6 @@ class SyntheticDevice(Device):
         self._change(self.following)
         self.following = (self.following + 1) % self.shape.pages
 
-    def _live(self) -> None:
-        """Let happen what a running device has done by now."""
-        now = time.monotonic()
-        if self.rate and not self.stopped and not self.loading:
-            due = int((now - self.since) * self.rate)
-            for _ in range(min(due, self.shape.pages)):
-                self._change_next()
-            self.since += due / self.rate
-        else:
-            self.since = now
-
     # states
 
     async def stop(self, kind: StopKind) -> None:
@@ -231,7 +211,6 @@ class SyntheticDevice(Device):
         self._expect(kind is not StopKind.P2P or self.shape.p2p, "stop(P2P) of a device without P2P")
         self._strike("stop")
         with self.lock:
-            self._live()
             self.stopped.add(kind)
         self.counts[f"stop {kind.value}"] += 1
 
@@ -241,7 +220,6 @@ class SyntheticDevice(Device):
         self._expect(kind is StopKind.FULL or StopKind.FULL not in self.stopped, "start(P2P) before start(FULL)")
         self._strike("start")
         with self.lock:
-            self._live()
             self.stopped.remove(kind)
         self.counts[f"start {kind.value}"] += 1
 
@@ -251,7 +229,7 @@ class SyntheticDevice(Device):
         with self.lock:
             self.generations = [0] * self.shape.pages
             self.stopped.clear()
-            self.rate, self.following, self.mailbox = self.shape.rate, 0, 0
+            self.following, self.mailbox = 0, 0
         self._expect(not self.tracker.on, "reset while a save is open")
         self.loading = False
         self.counts["reset"] += 1
@@ -266,8 +244,6 @@ class SyntheticDevice(Device):
 
     async def precopy_info(self) -> PrecopyInfo:
         self._strike("precopy_info")
-        with self.lock:
-            self._live()
         if not self.tracker.on:
             return PrecopyInfo(self.shape.pages * self.shape.page, 0)
         return PrecopyInfo(self._left(self.tracker.first), self._left(self.tracker.dirty))
@@ -298,7 +274,6 @@ class SyntheticDevice(Device):
             while True:
                 self._strike("save" if phase is SavePhase.STOP_COPY else "save early")
                 with self.lock:
-                    self._live()
                     if not pages:
                         break
                     page = next(iter(pages))

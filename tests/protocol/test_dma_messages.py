@@ -120,7 +120,7 @@ def test_a_silent_client_is_not_waited_for_longer_than_asked(served, client, dma
     begun = time.monotonic()
     future = dma(Command.DMA_READ, 0x10000, 4, timeout=0.1)
     assert future.exception(5).errno == errno.ETIMEDOUT
-    assert 0.09 < time.monotonic() - begun < 2
+    assert 0.09 < time.monotonic() - begun < 4.5
     # the late reply does no harm
     command = client.recv_message()
     client.send_raw(pack_message(Command.DMA_READ, command.payload + b"late", msg_id=command.msg_id, flags=1))

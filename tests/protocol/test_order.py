@@ -129,7 +129,7 @@ def test_another_device_goes_on_while_one_is_busy(served, busy):
             client.read(0, REGISTERS, 4)
         _, reply = other.answer(client, Command.DEVICE_RESET)
         assert reply.errno == 0
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 4.5
     other.close()
     served.context.reply(STOP_COPY)
 
