@@ -28,11 +28,18 @@ class Function:
     dropped, as vfio-pci has it.
     """
 
-    def __init__(self, model: Model, scale: float, failed: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        scale: float,
+        failed: Callable[[BaseException], None],
+        lock: threading.Condition | None = None,
+    ) -> None:
+        """`lock`: one that functions of one piece of hardware share; without it, one of its own."""
         _check(model)
         self.model = model
         self.accesses = AccessLog()
-        self.lock = threading.Condition(threading.Lock())
+        self.lock = threading.Condition(threading.Lock()) if lock is None else lock
         self.memory = ClientMemory(LocalMemory(), self.lock)
         self._config = model.config
         self._irq = IrqState(

@@ -31,7 +31,8 @@ class ClientMemory:
         self.requester: Requester | None = None
         self.max_transfer = MOST_IN_A_MESSAGE
         self._lock = lock
-        self._asking = False
+        self._asking = 0
+        """Messages whose answer is waited for: of its own model, and of another that shares the lock."""
         self._clients = 0
 
     def read(self, iova: int, length: int) -> bytes:
@@ -101,11 +102,11 @@ class ClientMemory:
     def _ask(self, command: Command, payload: bytes) -> bytes:
         if self.requester is None:
             raise BusError("there is no client")
-        self._asking = True
+        self._asking += 1
         self._lock.release()
         try:
             return self.requester.request(command, payload, MESSAGE_SECONDS)
         finally:
             self._lock.acquire()
-            self._asking = False
+            self._asking -= 1
             self._lock.notify_all()

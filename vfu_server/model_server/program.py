@@ -1,4 +1,4 @@
-"""The program around one model: options, sockets, signals, exit status.
+"""The program around one model, or several that are one piece of hardware: options, sockets, signals, exit status.
 
 It says `ready PATH` on standard output once clients may come, and ends with 0 on SIGTERM or SIGINT, or when the pipe
 that `--exit-with-fd` names is closed at its other end.
@@ -12,12 +12,13 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import trio
 
-from vfu_server.errors import UsageError, VfuServerError
+from vfu_server.errors import PluginError, UsageError, VfuServerError
 from vfu_server.model import Model
 from vfu_server.model_server.control import serve_control
 from vfu_server.model_server.function import Function
@@ -32,12 +33,25 @@ SWITCH_INTERVAL = 1e-4
 
 def main(factory: Callable[[], Model], argv: Sequence[str] | None = None) -> int:
     """Serve the model that `factory` makes; returns the exit status. A user's mistake is one line on standard error."""
+    return _program(lambda: {"": factory()}, argv)
+
+
+def main_functions(functions: Mapping[str, Model], argv: Sequence[str] | None = None) -> int:
+    """Serve several functions of one piece of hardware, such as a PF and its VFs; returns the exit status.
+
+    The first in the mapping at `--socket-path P`, each other at `P.<name>`; their control sockets likewise. All methods
+    and callbacks of all of them run under one lock, so that they may call each other, and use each other's bus.
+    """
+    return _program(lambda: functions, argv)
+
+
+def _program(make: Callable[[], Mapping[str, Model]], argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=options.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s")
     sys.setswitchinterval(SWITCH_INTERVAL)
     status = 0
     try:
-        trio.run(_run, factory, options)
+        trio.run(_run, make, options)
     except* VfuServerError as group:
         for error in _leaves(group):
             sys.stderr.write(f"{error}\n")
@@ -45,28 +59,55 @@ def main(factory: Callable[[], Model], argv: Sequence[str] | None = None) -> int
     return status
 
 
-async def _run(factory: Callable[[], Model], options: argparse.Namespace) -> None:
+async def _run(make: Callable[[], Mapping[str, Model]], options: argparse.Namespace) -> None:
+    models, lock = make(), threading.Condition(threading.Lock())
+    functions = [Function(model, options.time_scale, _failed, lock) for model in models.values()]
     with contextlib.ExitStack() as stack:
-        await _serve_all(Function(factory(), options.time_scale, _failed), options, stack)
-
-
-async def _serve_all(function: Function, options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-    signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
-    async with trio.open_nursery() as nursery:
-        if options.fd is not None:
-            listener, where = _inherited(options.fd), f"fd {options.fd}"
-        else:
-            listener, where = stack.enter_context(_listening(options.socket_path)), options.socket_path
+        listeners, where = _listeners(list(models), options, stack)
+        controls = []
         if options.control is not None:
-            control = stack.enter_context(_listening(options.control))
-            listen_control = trio.SocketListener(trio.socket.from_stdlib_socket(control))
-            nursery.start_soon(serve_control, listen_control, function)
-        nursery.start_soon(_exit_on_signal, signals, nursery.cancel_scope)
-        if options.exit_with_fd is not None:
-            nursery.start_soon(_exit_with, options.exit_with_fd, nursery.cancel_scope)
-        nursery.start_soon(ModelServer(Path(where).name, function).run, listener)
-        sys.stdout.write(f"ready {where}\n")
-        sys.stdout.flush()
+            controls = [stack.enter_context(_listening(path)) for path in _paths(options.control, list(models))]
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        servers = [ModelServer(Path(where).name, function) for function in functions]
+        try:
+            async with trio.open_nursery() as nursery:
+                for server, listener in zip(servers, listeners, strict=True):
+                    nursery.start_soon(server.run, listener)
+                for function, control in zip(functions, controls, strict=False):  # none, or one for each
+                    nursery.start_soon(serve_control, _of_trio(control), function)
+                nursery.start_soon(_exit_on_signal, signals, nursery.cancel_scope)
+                if options.exit_with_fd is not None:
+                    nursery.start_soon(_exit_with, options.exit_with_fd, nursery.cancel_scope)
+                sys.stdout.write(f"ready {where}\n")
+                sys.stdout.flush()
+        finally:
+            for server in servers:
+                server.end()
+            for server in servers:
+                server.close()
+
+
+def _paths(path: str, names: Sequence[str]) -> list[str]:
+    """Where each function is found; the first at `path` itself."""
+    if not names or any(not name or "/" in name for name in names[1:]):
+        raise PluginError(f"functions called {', '.join(map(repr, names)) or 'nothing'} cannot have sockets")
+    return [path, *(f"{path}.{name}" for name in names[1:])]
+
+
+def _listeners(
+    names: Sequence[str], options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[list[socket.socket], str]:
+    """A socket for each function, and what people call the first. That listens last: who sees it may count on all."""
+    if options.fd is None:
+        paths = _paths(options.socket_path, names)
+        return [stack.enter_context(_listening(path)) for path in reversed(paths)][::-1], options.socket_path
+    if len(names) != 1:
+        raise UsageError(f"--fd is one socket, and there are {len(names)} functions: use --socket-path")
+    return [_inherited(options.fd)], f"fd {options.fd}"
+
+
+def _of_trio(listener: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listener))
 
 
 async def _exit_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:

@@ -29,7 +29,10 @@ ACCEPT_PAUSE = 0.1
 
 
 class ModelServer:
-    """Serves `function` to one client at a time. `run` is its life."""
+    """Serves `function` to one client at a time: `run` until cancelled, then `end` and `close`.
+
+    They are apart since a model may reach into other functions of its process: `close` the first when all are ended.
+    """
 
     def __init__(self, name: str, function: Function) -> None:
         self._function = function
@@ -50,19 +53,23 @@ class ModelServer:
         self._resample = _ResampleWatch(function)
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve clients that come to `listener`, a listening UNIX socket, until cancelled; then close everything."""
+        """Serve clients that come to `listener`, a listening UNIX socket, until cancelled."""
         self._function.start()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._relay)
-                nursery.start_soon(self._resample.run)
-                nursery.start_soon(self._accept, trio.socket.from_stdlib_socket(listener), nursery)
-        finally:
-            self._context.detach()
-            self._context.join()
-            self._function.stop()
-            self._context.close()
-            self._function.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._relay)
+            nursery.start_soon(self._resample.run)
+            nursery.start_soon(self._accept, trio.socket.from_stdlib_socket(listener), nursery)
+
+    def end(self) -> None:
+        """No access of the client comes any more, and no callback of the model's. Idempotent."""
+        self._context.detach()
+        self._context.join()
+        self._function.stop()
+
+    def close(self) -> None:
+        """Give everything back. Nobody may use the function or its bus any more."""
+        self._context.close()
+        self._function.close()
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
