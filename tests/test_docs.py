@@ -17,8 +17,10 @@ from vfu_server import (
     cli_doctor,
     cli_parser,
     cli_trace,
+    companion,
     config_file,
     device,
+    dma_memory,
     errors,
     exit_codes,
     hookspecs,
@@ -318,6 +320,8 @@ def documented_signatures(body: str) -> dict[str, tuple[bool, list[str] | None]]
         (host_device.HostDevice, "HostDevice"),
         (model.Model, "Model"),
         (model.Bus, "Bus"),
+        (companion.Companions, "Companions"),
+        (dma_memory.DmaMemory, "DmaMemory"),
     ],
 )
 def test_every_method_is_documented_with_its_arguments(kind, heading):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vfu_server.companion import Companions
 from vfu_server.errors import PluginError
 from vfu_server.host_device import HostDevice
 from vfu_server.policy import Policy
@@ -109,16 +110,26 @@ class ModelCommand:
 class Device(ABC):
     """One device under a plugin's care.
 
-    Life: constructed by the probe; `start`, `stop`, `save`, `load`, `load_done` and `reset` as the client's migration
-    states demand; `aclose` at the end. A device is found running and is left running or reset. `lock` is for what trap
-    methods (called from the pump's thread) and coroutines share; it must never be held over an await.
+    Life: constructed by the probe; `open` once; `start`, `stop`, `save`, `load`, `load_done` and `reset` as the
+    client's migration states demand; `aclose` at the end. A device is found running and is left running or reset.
+    `lock` is for what trap methods (called from the pump's thread) and coroutines share; it must never be held over an
+    await.
     """
 
     def __init__(self, host: HostDevice) -> None:
         self.host = host
         self.lock = threading.Lock()
 
-    # declarations: read once, right after the probe
+    async def open(self, companions: Companions) -> None:
+        """Open what the device needs beside its own door, find out what its declarations say.
+
+        Called once, after this plugin alone took the device; no declaration has been read, no client may come before it
+        returns. May take its time. Raises HostError, PluginError: the device is not served; `aclose` is called all the
+        same.
+        """
+        return None
+
+    # declarations: read once, right after `open`
 
     @property
     @abstractmethod

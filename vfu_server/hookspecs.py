@@ -32,6 +32,17 @@ def vfu_server_probe(host: "HostDevice", options: Mapping[str, str]) -> "Device 
 
 
 @hookspec
+def vfu_server_companions(where: str, options: Mapping[str, str]) -> "Iterable[str]":
+    """The functions that must be open before the device at `where` (a BDF, UUID or socket's path) is, and until it is
+    closed; each named as `Companions.open` takes it.
+
+    Asked if `--plugin` names this plugin, before the device's door is opened. Needed for a VF under vfio-pci whose PF
+    is, too: the kernel lets the VF in only by the token that its open PF has set, and opening the PF resets its VFs.
+    Raises UsageError.
+    """
+
+
+@hookspec
 def vfu_server_models() -> "Mapping[str, ModelCommand]":
     """The software models that this plugin ships, by the name that `--model NAME` takes."""
 

@@ -178,6 +178,11 @@ class HostDevice(Protocol):
     migration: MigrationDoor | None
     """What migrates the device by itself, if anything does."""
 
+    @property
+    def iova_ranges(self) -> Sequence[tuple[int, int]]:
+        """Where the IOMMU takes addresses, as (first, last), ascending; none: everywhere."""
+        ...
+
     def read(self, region: int, offset: int, width: int) -> int:
         """Register read of 1, 2, 4 or 8 bytes, little-endian, in one access."""
         ...

@@ -14,12 +14,14 @@ from typing import Any
 import pluggy
 
 from vfu_server import hookspecs, plugins_installed
+from vfu_server.companion import Companions
 from vfu_server.device import Device, ModelCommand, Section, StateIdentity
 from vfu_server.errors import HostError, PluginError, UsageError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins_installed import Entry
 from vfu_server.policy import Policy
 from vfu_server.regmap import Block
+from vfu_server.server_stage import one_cause
 
 logger = logging.getLogger(__name__)
 trace_logger = logging.getLogger(f"{__name__}.trace")
@@ -192,6 +194,31 @@ class Plugins:
                     f"plugin {plugin.name!r}: vfu_server_probe returned {type(device).__name__} instead of a Device"
                 )
         return devices
+
+    def companions(self, name: str, where: str, options: Mapping[str, str]) -> list[str]:
+        """What the plugin `name` must have open before the device at `where`. With `auto` nobody is asked: a function
+        that is opened is reset, and that only for a plugin that the operator has named.
+        """
+        if name == AUTO:
+            return []
+        wanted: list[str] = []
+        for answer in self._ask(self.load(name), "vfu_server_companions", where=where, options=options):
+            if isinstance(answer, str) or not all(isinstance(each, str) for each in answer):
+                raise PluginError(f"plugin {name!r}: vfu_server_companions returned {answer!r}, no list of addresses")
+            wanted += [each for each in answer if each not in wanted]
+        return wanted
+
+    async def open(self, taken: Taken, companions: Companions) -> None:
+        """Let the plugin's device open what it needs. Faults of ours pass; anything else is a bug of the plugin."""
+        try:
+            await taken.device.open(companions)
+        except VfuServerError:
+            raise
+        except Exception as error:
+            fault = one_cause(error)
+            if isinstance(fault, VfuServerError):
+                raise fault from error
+            raise PluginCrashError(f"plugin {taken.plugin.name!r} failed in open: {_one_line(fault)}") from error
 
     def models(self, name: str) -> dict[str, list[tuple[Plugin, ModelCommand]]]:
         """The software models that the plugins of `name` ship."""

@@ -24,6 +24,7 @@ from vfu_server.server_stage import CLOSE_DEADLINE, Stage
 from vfu_server.sockets import Listener
 
 if TYPE_CHECKING:
+    from vfu_server.server_companions import CompanionDoors
     from vfu_server.server_device import ServedDevice
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,15 @@ def run(config: ServerConfig) -> ExitCode:
 
 async def _serve(config: ServerConfig) -> ExitCode:
     notifier = Notifier.from_environ(os.environ)
+    from vfu_server.server_companions import CompanionDoors
+
     with trio.open_signal_receiver(*END_SIGNALS, TELL_SIGNAL) as signals:
         # Clients may come from here on, and wait a moment: most of the start-up is still ahead.
         listeners = open_listeners(config, os.environ)
         try:
             listeners += _metrics_listeners(config)
-            devices = _devices(config, listeners[: len(config.devices)])
+            companions = CompanionDoors()
+            devices = _devices(config, listeners[: len(config.devices)], companions)
         except BaseException:
             for listener in listeners:
                 listener.close()
@@ -59,6 +63,7 @@ async def _serve(config: ServerConfig) -> ExitCode:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(process.obey, signals)
                 nursery.start_soon(notifier.watchdog)
+                await nursery.start(companions.run)
                 for listener in watching:
                     nursery.start_soon(_serve_metrics, listener, process)
                 await process.serve()
@@ -90,7 +95,7 @@ async def _serve_metrics(listener: Listener, process: "_Process") -> None:
         logger.error("metrics can no longer be read: %s", error.exceptions[0])
 
 
-def _devices(config: ServerConfig, listeners: Sequence[Listener]) -> list["ServedDevice"]:
+def _devices(config: ServerConfig, listeners: Sequence[Listener], companions: "CompanionDoors") -> list["ServedDevice"]:
     """The devices, not opened yet, their plugins loaded. Raises PluginError, UsageError (no such model)."""
     from vfu_server.plugins import Plugins
     from vfu_server.server_device import ServedDevice
@@ -98,7 +103,7 @@ def _devices(config: ServerConfig, listeners: Sequence[Listener]) -> list["Serve
 
     plugins, peers = Plugins(), Peers()
     devices = [
-        ServedDevice(device, plugins, listener, peers)
+        ServedDevice(device, plugins, listener, peers, companions)
         for device, listener in zip(config.devices, listeners, strict=True)
     ]
     for device in devices:

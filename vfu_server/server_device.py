@@ -5,6 +5,7 @@ outcome is kept for the server to read.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -12,12 +13,15 @@ import trio
 
 from vfu_server import __version__, logs, server_model
 from vfu_server.config import DeviceConfig, Source, SourceKind
+from vfu_server.device import Device
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.metrics import DeviceReport, log_report
 from vfu_server.plugins import Plugins, Taken, exactly_one
 from vfu_server.region import MmapMode, mmap_areas
-from vfu_server.server_stage import CLOSE_DEADLINE, Stage
+from vfu_server.server_companions import CompanionDoors, DeviceCompanions
+from vfu_server.server_doors import open_host
+from vfu_server.server_stage import CLOSE_DEADLINE, Stage, one_cause
 from vfu_server.session import Session, SessionOptions
 from vfu_server.session_counts import SessionStatistics
 from vfu_server.session_peers import Peers
@@ -31,10 +35,18 @@ logger = logging.getLogger(__name__)
 class ServedDevice:
     """One device and its task."""
 
-    def __init__(self, config: DeviceConfig, plugins: Plugins, listener: Listener, peers: Peers) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        plugins: Plugins,
+        listener: Listener,
+        peers: Peers,
+        companions: CompanionDoors,
+    ) -> None:
         self.config = config
         self.listener = listener
         self._peers = peers
+        self._companions = companions
         self.stage = Stage.OPENING
         self.failure: Exception | None = None
         """Why it is not served (any more); None after a clean end."""
@@ -106,10 +118,15 @@ class ServedDevice:
             if self.config.trace_regions:
                 self._trace = TraceFile(self.config.trace_regions)
                 stack.push_async_callback(self._step_back, "closing the trace", self._close_trace)
-            host = await self._open_host(stack)
+            source = await self._find(stack)
+            companions = self._companions.of(self.config, source)
+            await self._open_beforehand(companions, source, stack)
+            host = await open_host(source, self.config)
             stack.push_async_callback(self._step_back, "closing the door", host.aclose)
             taken = self._taken = await self._probe(host)
             stack.push_async_callback(self._step_back, "closing the plugin's device", taken.device.aclose)
+            await self._plugins.open(taken, companions)
+            self._check_wish(taken.device, host)
             session = self._new_session(host, taken)
             stack.push_async_callback(self._step_back, "bringing the device to rest", session.shutdown)
             stack.callback(self.listener.close)
@@ -135,30 +152,40 @@ class ServedDevice:
         if self._trace is not None:
             await trio.to_thread.run_sync(self._trace.close)
 
-    async def _open_host(self, stack: contextlib.AsyncExitStack) -> HostDevice:
+    async def _find(self, stack: contextlib.AsyncExitStack) -> Source:
+        """Where the device is; a model is started for it."""
         source = self.config.source
-        if source.kind is SourceKind.MODEL:
-            command = self._plugins.model(self.config.plugin, source.value)
-            self._model = await stack.enter_async_context(server_model.running(command, self.config.name))
-            source = Source(SourceKind.DEVICE_SOCKET, self._model.socket_path)
-        try:
-            return await open_host(source, self.config)
-        except OSError as error:
-            raise HostError(f"{self.config.source} cannot be opened: {error.strerror}", error.errno) from error
+        if source.kind is not SourceKind.MODEL:
+            return source
+        command = self._plugins.model(self.config.plugin, source.value)
+        self._model = await stack.enter_async_context(server_model.running(command, self.config.name))
+        return Source(SourceKind.DEVICE_SOCKET, self._model.socket_path)
+
+    async def _open_beforehand(
+        self, companions: DeviceCompanions, source: Source, stack: contextlib.AsyncExitStack
+    ) -> None:
+        """Open what the plugin must have before the device: the kernel lets a VF in by a token that its PF has set, and
+        opening or closing a PF resets its VFs.
+        """
+        for where in self._plugins.companions(self.config.plugin, source.value, self.config.options):
+            held = companions.hold(where)
+            await held.__aenter__()
+            leave = functools.partial(held.__aexit__, None, None, None)
+            stack.push_async_callback(self._step_back, f"leaving the companion {where}", leave)
 
     async def _probe(self, host: HostDevice) -> Taken:
         taken = self._plugins.probe(self.config.plugin, host, self.config.options)
         try:
-            chosen = exactly_one(taken, self.config.plugin, host)
+            return exactly_one(taken, self.config.plugin, host)
         except VfuServerError:
             for one in taken:
                 await self._step_back("closing a plugin's device", one.device.aclose)
             raise
-        can = chosen.device.capabilities
+
+    def _check_wish(self, device: Device, host: HostDevice) -> None:
+        can = device.capabilities
         if self.config.require_migration and not can.migratable:
-            await self._step_back("closing the plugin's device", chosen.device.aclose)
             raise HostError(f"--require-migration: {host.name} cannot be migrated: {can.reason}")
-        return chosen
 
     def _new_session(self, host: HostDevice, taken: Taken) -> Session:
         return Session(
@@ -204,7 +231,7 @@ class ServedDevice:
         self._connection_taken = True
         return self.listener.take_connection()
 
-    async def _step_back(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+    async def _step_back(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         """One step of the way back: also when cancelled, but not for ever. If it fails, the next is still done."""
         if self._close_by == float("inf"):
             self._close_by = trio.current_time() + CLOSE_DEADLINE
@@ -217,30 +244,6 @@ class ServedDevice:
         if scope.cancelled_caught:
             self.forced = True
             logger.error("%s was cut short", what)
-
-
-async def open_host(source: Source, config: DeviceConfig) -> HostDevice:
-    """Open the door to a device. Raises HostError, UsageError."""
-    if source.kind is SourceKind.BDF:
-        from vfu_server.host.kernel import open_bdf
-
-        return await open_bdf(source.value, vf_token=config.vf_token, vfio_fd=config.vfio_fd, iommu_fd=config.iommufd)
-    if source.kind is SourceKind.MDEV:
-        from vfu_server.host.kernel import open_mdev
-
-        return await open_mdev(source.value)
-    from vfu_server.host.vfio_user import VfioUserHost
-
-    return await VfioUserHost.open(source.value, config.name)
-
-
-def one_cause(error: Exception) -> Exception:
-    """The exception that a nursery wrapped; of several the one that is nobody's known fault, else the first."""
-    if not isinstance(error, ExceptionGroup):
-        return error
-    causes = [one_cause(inner) for inner in error.exceptions]
-    unknown = [cause for cause in causes if not isinstance(cause, VfuServerError)]
-    return (unknown or causes)[0]
 
 
 def _who(taken: Taken) -> tuple[str, str]:

@@ -1,6 +1,8 @@
-"""How far a served device has come, and how long its way back may take: what the process and its devices agree on."""
+"""How far a served device has come, how long its way back may take, whose fault it was: what the process agrees on."""
 
 import enum
+
+from vfu_server.errors import VfuServerError
 
 CLOSE_DEADLINE = 3.0
 """Seconds for the whole way back of a device; the session's own deadlines lie below."""
@@ -14,3 +16,12 @@ class Stage(enum.Enum):
     STOPPED = "stopped"
     LOST = "lost"
     FAILED = "failed"
+
+
+def one_cause(error: Exception) -> Exception:
+    """The exception that a nursery wrapped; of several the one that is nobody's known fault, else the first."""
+    if not isinstance(error, ExceptionGroup):
+        return error
+    causes = [one_cause(inner) for inner in error.exceptions]
+    unknown = [cause for cause in causes if not isinstance(cause, VfuServerError)]
+    return (unknown or causes)[0]

@@ -19,7 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.matrix.host import Hardware, MatrixHost
 from tests.plugins_synthetic.device import Shape
 from vfu_server import logs
-from vfu_server.server_device import one_cause
+from vfu_server.server_stage import one_cause
 from vfu_server.session import Session, SessionOptions
 from vfu_server.testing import Client, ConnectionClosedError
 from vfu_server.testing.failing import FailingDevice

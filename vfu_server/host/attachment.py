@@ -36,6 +36,10 @@ class Attachment(Protocol):
         """The fds to pass to a hot reset, or None where it would touch what is not ours."""
         ...
 
+    def iova_ranges(self) -> Sequence[tuple[int, int]]:
+        """Where the IOMMU takes addresses, as (first, last), ascending; none: it does not tell. HostError."""
+        ...
+
     def scratch(self, door: KernelDoor, size: int, limit: int) -> AbstractAsyncContextManager[Scratch]:
         """See HostDevice.scratch."""
         ...

@@ -148,6 +148,10 @@ class CdevAttachment:
             return scratch_memory(door, size, limit, self._ranges(self.ioas_id))
         return self._own_space(size, limit)
 
+    def iova_ranges(self) -> Sequence[tuple[int, int]]:
+        """See Attachment."""
+        return self._ranges(self.ioas_id)
+
     def _ranges(self, ioas: int) -> tuple[tuple[int, int], ...]:
         try:
             return kernel_calls.ioas_iova_ranges(self._kernel.ioctl, self.iommu_fd, ioas)

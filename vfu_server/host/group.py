@@ -104,10 +104,13 @@ class GroupAttachment:
 
     def scratch(self, door: KernelDoor, size: int, limit: int) -> AbstractAsyncContextManager[Scratch]:
         """See Attachment. In the one address space that there is: a hole of it, or the place of client memory."""
-        info = None
+        return scratch_memory(door, size, limit, self.iova_ranges())
+
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        """See Attachment. Kernels before 5.4 do not tell."""
         with suppress(OSError):
-            info = kernel_calls.iommu_info(self._kernel.ioctl, self.iommu_fd)
-        return scratch_memory(door, size, limit, info.ranges if info else ())
+            return kernel_calls.iommu_info(self._kernel.ioctl, self.iommu_fd).ranges
+        return ()
 
     def close(self) -> None:
         """See Attachment."""

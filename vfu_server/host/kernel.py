@@ -192,6 +192,12 @@ class KernelHost:
         return "the device's driver" if self._logs_itself else "the IOMMU" if self._iommu_log else ""
 
     @property
+    def iova_ranges(self) -> Sequence[tuple[int, int]]:
+        """See HostDevice."""
+        self._check_open()
+        return self._attachment.iova_ranges()
+
+    @property
     def native(self) -> KernelDoor:
         """The C door."""
         return self._door

@@ -90,6 +90,11 @@ class VfioUserHost:
             raise
 
     @property
+    def iova_ranges(self) -> Sequence[tuple[int, int]]:
+        """See HostDevice. A server says nothing about it."""
+        return ()
+
+    @property
     def native(self) -> ClientDoor:
         """The C door."""
         return self._door

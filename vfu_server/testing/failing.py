@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from vfu_server.companion import Companions
 from vfu_server.device import (
     Capabilities,
     Device,
@@ -29,6 +30,7 @@ from vfu_server.stream_format import MAX_SECTION
 
 COROUTINES = frozenset(
     {
+        "open",
         "stop",
         "start",
         "reset",
@@ -156,6 +158,10 @@ class FailingDevice(Device):
         return isinstance(failure, Oversize)
 
     # declarations and accesses
+
+    async def open(self, companions: Companions) -> None:
+        await self._async("open")
+        await self.inner.open(companions)
 
     @property
     def identity(self) -> StateIdentity:
