@@ -8,21 +8,14 @@ import logging
 
 import trio
 
-from vfu_server.device import Device, Section
+from vfu_server.device import Device
 from vfu_server.errors import DeadlineError, MigrationError, PluginError, StreamFormatError, VfuServerError
 from vfu_server.host_device import HostDevice
-from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
-from vfu_server.session_config import check_config, load_config
-from vfu_server.stream import Origin, StreamEnd, StreamHeader, StreamItem, StreamReader
+from vfu_server.session_intake import Intake
 
 log = logging.getLogger(__name__)
 
-SERVER_SECTIONS = {"config": 1}
-"""Our own sections by tag, with the newest version that is understood."""
-
-SECTION_DEADLINE = 4.0
-"""Seconds for a plugin to take one section."""
 SLICE = 32 << 10
 """Bytes that are read in one go: some milliseconds, if they are records without payload."""
 TURN = 0.002
@@ -40,8 +33,8 @@ class Load:
         self._nursery: trio.Nursery | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
-        self._complete = False
-        self._config: bytes | None = None
+        self._intake: Intake | None = None
+        """What has come in whole; None before the stream's end."""
         self._error: VfuServerError | None = None
 
     def attach(self, nursery: trio.Nursery | None) -> None:
@@ -53,7 +46,7 @@ class Load:
         if self._nursery is None:
             raise MigrationError("no client is there to load from")
         await self._device.load_begin()
-        self._complete, self._config, self._error = False, None, None
+        self._intake = self._error = None
         self._ring.open_load()
         self._scope, self._ended = trio.CancelScope(), trio.Event()
         self._nursery.start_soon(self._run, self._scope, self._ended)
@@ -87,7 +80,9 @@ class Load:
         """All has come in: write it. Once only, since nobody knows what a write that failed has left."""
         began = trio.current_time()
         try:
-            await self._write()
+            if self._intake is None:
+                raise StreamFormatError("the stream is not complete")
+            await self._intake.write()
         except VfuServerError as error:
             self._refuse(error)
         except trio.Cancelled:
@@ -98,14 +93,6 @@ class Load:
             self._fail(PluginError(f"the plugin could not write the state: {error!r}"))
         else:
             log.info("state written to the device in %.1f ms", (trio.current_time() - began) * 1e3)
-
-    async def _write(self) -> None:
-        if not self._complete or self._config is None:
-            raise StreamFormatError(
-                "the stream has no section config" if self._complete else "the stream is not complete"
-            )
-        load_config(self._host, self._config)
-        await self._device.load_done()
 
     async def _run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
         try:
@@ -128,43 +115,16 @@ class Load:
         self._ring.fail(error.errno)
 
     async def _load(self) -> None:
-        reader = StreamReader(crc32c, known=self._known)
+        intake = Intake(self._host, self._device, self._plugin_name)
         turn = trio.current_time()
         while (data := await self._ring.look(SLICE)) is not None:
             with data:
-                size, items = len(data), reader.push(data)
+                size, items = len(data), intake.push(data)
             self._ring.consume(size)
             for item in items:
-                await self._take(item)
+                await intake.take(item)
             if trio.current_time() - turn > TURN:
                 await trio.lowlevel.checkpoint()
                 turn = trio.current_time()
-        reader.finish()
-        self._complete = True
-
-    def _known(self, origin: Origin, tag: str, version: int) -> bool:
-        if origin is Origin.SERVER:
-            return version <= SERVER_SECTIONS.get(tag, 0)
-        return self._device.knows(tag, version)
-
-    async def _take(self, item: StreamItem) -> None:
-        if isinstance(item, StreamHeader):
-            item.check(self._plugin_name, self._host.identity())
-            self._device.check_identity(item.state)
-            log.info("state of %s %s (%s) comes in", item.plugin, item.plugin_version, item.state.variant)
-        elif isinstance(item, StreamEnd):
-            log.info("%d bytes of state came in, all sums right", item.length)
-        elif item.origin is Origin.SERVER:
-            if self._config is not None:
-                raise StreamFormatError("section config came twice")
-            check_config(self._host, item.section.payload)
-            self._config = item.section.payload
-        else:
-            await self._give(item.section)
-
-    async def _give(self, section: Section) -> None:
-        """A section for the plugin, whose patience ends before that of a client that waits for room behind it."""
-        with trio.move_on_after(SECTION_DEADLINE) as scope:
-            await self._device.load(section)
-        if scope.cancelled_caught:
-            raise DeadlineError(f"the plugin took longer than {SECTION_DEADLINE} s over section {section.tag!r}")
+        intake.finish()
+        self._intake = intake

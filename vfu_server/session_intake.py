@@ -1,0 +1,85 @@
+"""What comes in of one state stream: checked as it comes, handed to the plugin, written to the hardware at the end.
+
+It must not know where the bytes come from, nor when a load begins and ends.
+"""
+
+import logging
+
+import trio
+
+from vfu_server.device import Device, Section
+from vfu_server.errors import DeadlineError, StreamFormatError
+from vfu_server.host_device import HostDevice
+from vfu_server.libvfio_user.native import crc32c
+from vfu_server.session_config import check_config, load_config
+from vfu_server.stream import Origin, ReadableBuffer, StreamEnd, StreamHeader, StreamItem, StreamReader
+
+log = logging.getLogger(__name__)
+
+SERVER_SECTIONS = {"config": 1}
+"""Our own sections by tag, with the newest version that is understood."""
+
+SECTION_DEADLINE = 4.0
+"""Seconds for a plugin to take one section."""
+
+
+class Intake:
+    """One stream into one device, whose `load_begin` was called. Any fault ends it: it must not be gone on with."""
+
+    def __init__(self, host: HostDevice, device: Device, plugin_name: str) -> None:
+        self._host = host
+        self._device = device
+        self._plugin_name = plugin_name
+        self._reader = StreamReader(crc32c, known=self._known)
+        self._config: bytes | None = None
+
+    def push(self, data: ReadableBuffer) -> list[StreamItem]:
+        """Look at bytes, none of which is kept; what became complete is to be taken, in order, before the next push.
+
+        Raises StreamFormatError.
+        """
+        return self._reader.push(data)
+
+    async def take(self, item: StreamItem) -> None:
+        """Check or hand on what came in. Raises StreamFormatError, StreamMismatchError, and what the plugin raises."""
+        if isinstance(item, StreamHeader):
+            item.check(self._plugin_name, self._host.identity())
+            self._device.check_identity(item.state)
+            log.info("state of %s %s (%s) comes in", item.plugin, item.plugin_version, item.state.variant)
+        elif isinstance(item, StreamEnd):
+            log.info("%d bytes of state came in, all sums right", item.length)
+        elif item.origin is Origin.SERVER:
+            if self._config is not None:
+                raise StreamFormatError("section config came twice")
+            check_config(self._host, item.section.payload)
+            self._config = item.section.payload
+        else:
+            await self._give(item.section)
+
+    def finish(self) -> None:
+        """No more bytes will come. Raises StreamFormatError if something is missing."""
+        self._reader.finish()
+
+    async def write(self) -> None:
+        """All has come in: write it to the hardware. Once only, since nobody knows what a write that failed has left.
+
+        Raises StreamFormatError, RestoreError, and what the plugin raises.
+        """
+        if not self._reader.complete or self._config is None:
+            raise StreamFormatError(
+                "the stream has no section config" if self._reader.complete else "the stream is not complete"
+            )
+        load_config(self._host, self._config)
+        await self._device.load_done()
+
+    def _known(self, origin: Origin, tag: str, version: int) -> bool:
+        if origin is Origin.SERVER:
+            return version <= SERVER_SECTIONS.get(tag, 0)
+        return self._device.knows(tag, version)
+
+    async def _give(self, section: Section) -> None:
+        """A section for the plugin, whose patience ends before that of a client that waits for room behind it."""
+        with trio.move_on_after(SECTION_DEADLINE) as scope:
+            await self._device.load(section)
+        if scope.cancelled_caught:
+            raise DeadlineError(f"the plugin took longer than {SECTION_DEADLINE} s over section {section.tag!r}")
