@@ -3,12 +3,13 @@
 It must not know where the bytes come from, nor when a load begins and ends.
 """
 
+import errno
 import logging
 
 import trio
 
 from vfu_server.device import Device, Section
-from vfu_server.errors import DeadlineError, StreamFormatError
+from vfu_server.errors import DeadlineError, HostError, StreamFormatError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.session_config import check_config, load_config
@@ -36,9 +37,12 @@ class Intake:
     def push(self, data: ReadableBuffer) -> list[StreamItem]:
         """Look at bytes, none of which is kept; what became complete is to be taken, in order, before the next push.
 
-        Raises StreamFormatError.
+        Raises StreamFormatError; HostError (ENOMEM) if there is no memory for a section.
         """
-        return self._reader.push(data)
+        try:
+            return self._reader.push(data)
+        except MemoryError:
+            raise HostError("there is no memory for the section that comes in", errno.ENOMEM) from None
 
     async def take(self, item: StreamItem) -> None:
         """Check or hand on what came in. Raises StreamFormatError, StreamMismatchError, and what the plugin raises."""
