@@ -33,6 +33,7 @@ class Intake:
         self._plugin_name = plugin_name
         self._reader = StreamReader(crc32c, known=self._known)
         self._config: bytes | None = None
+        self._plugins_fault: MemoryError | None = None
 
     def push(self, data: ReadableBuffer) -> list[StreamItem]:
         """Look at bytes, none of which is kept; what became complete is to be taken, in order, before the next push.
@@ -41,7 +42,9 @@ class Intake:
         """
         try:
             return self._reader.push(data)
-        except MemoryError:
+        except MemoryError as error:
+            if error is self._plugins_fault:
+                raise  # told with its traceback, as any other bug of the plugin's
             raise HostError("there is no memory for the section that comes in", errno.ENOMEM) from None
 
     async def take(self, item: StreamItem) -> None:
@@ -79,7 +82,11 @@ class Intake:
     def _known(self, origin: Origin, tag: str, version: int) -> bool:
         if origin is Origin.SERVER:
             return version <= SERVER_SECTIONS.get(tag, 0)
-        return self._device.knows(tag, version)
+        try:
+            return self._device.knows(tag, version)
+        except MemoryError as error:
+            self._plugins_fault = error
+            raise
 
     async def _give(self, section: Section) -> None:
         """A section for the plugin, whose patience ends before that of a client that waits for room behind it."""

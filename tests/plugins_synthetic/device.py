@@ -65,14 +65,17 @@ class ContractError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What it is, from the operator's options. `slow`, `slow_early`, `slow_load`: seconds before the last save's first
-    section, before a pre-copy's, and for taking each section.
+    """What it is, from the operator's options. `churn`: pages of a pre-copy for which one changes.
+
+    `slow`, `slow_early`, `slow_load`: seconds before the last save's first section, before a pre-copy's, and for taking
+    each section.
     """
 
     size: int = 1 << 20
     page: int = 1 << 20
     p2p: bool = False
     pre_copy: bool = False
+    churn: int = 0
     slow: float = 0.0
     slow_early: float = 0.0
     slow_load: float = 0.0
@@ -134,6 +137,7 @@ class SyntheticDevice(Device):
         self.loading = False
         self.saving: SavePhase | None = None
         self.following = 0
+        self.given = 0
 
     # declarations
 
@@ -283,6 +287,9 @@ class SyntheticDevice(Device):
                     pages.discard(page)
                     if self.generations[page] != sent:
                         self.tracker.dirty.add(page)
+                    self.given += 1
+                    if phase is SavePhase.PRE_COPY and self.shape.churn and self.given % self.shape.churn == 0:
+                        self._change_next()
 
     def _payload(self, page: int, generation: int) -> bytes:
         return b"".join((HEAD.pack(page, generation), pattern(self.shape.page)))

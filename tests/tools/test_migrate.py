@@ -277,8 +277,8 @@ def test_progress_is_shown_on_a_terminal(servers):
 
 
 def test_a_device_that_changes_all_the_time_is_moved_in_rounds(site, capsys):
-    """The rate is an option, since a client's own wishes would not outlive its leaving."""
-    shape = {"size": 32 << 20, "pre_copy": True, "rate": 20}
+    """It does so by an option, since a client's own wishes would not outlive its leaving."""
+    shape = {"size": 32 << 20, "pre_copy": True, "churn": 4}
     with serving(site, "g", **shape) as source, serving(site, "h", **shape) as destination:
         assert run(source.path, destination.path) == 0
     out = capsys.readouterr().out
