@@ -44,6 +44,7 @@ class DmaQueueDevice(Device):
         self.hooks = hooks(self.bench)
         self.drain_seconds = drain_seconds
         self._loader = self._new_loader()
+        self._mine: Mapping[str, int] = {}
         self._owed: Mapping[str, int] | None = None
         """What `save_memory` has changed and not yet put back."""
         self._counts = {
@@ -139,13 +140,16 @@ class DmaQueueDevice(Device):
         self._counts["saves"] += 1
 
     async def load_begin(self) -> None:
-        """Forget an abandoned load."""
+        """Forget an abandoned load. The registers by which a section is judged are read now, while the client waits:
+        when it has given its data it writes COMMAND, and may do so before the last section was looked at.
+        """
         self._loader = self._new_loader()
+        with lent_command(self.host, PCI_COMMAND_MEMORY):
+            self._mine = self._identity_registers()
 
     async def load(self, section: Section) -> None:
         """Check and keep a section; the first one tells early what this device cannot take."""
-        with lent_command(self.host, PCI_COMMAND_MEMORY):
-            self._loader.take(section, self._identity_registers())
+        self._loader.take(section, self._mine)
         arrived = section.tag == sections.TAG_DEVICE and self._loader.carries_memory
         if arrived and not await self.hooks.can_restore_memory():
             raise StreamMismatchError(

@@ -307,6 +307,7 @@ async def test_a_target_without_scratch_memory_refuses_at_the_first_section(auto
     target = FakeEdu()
     target.scratch_base = 1 << 28
     device = take(target)
+    await device.load_begin()
     with pytest.raises(StreamMismatchError, match="no scratch memory"):
         await device.load(sections[0])
     assert target.writes == []
@@ -540,3 +541,16 @@ async def test_intx_stays_enabled_for_the_guest(autojump_clock: MockClock) -> No
     await loaded(take(target), await saved(take(used())))
     assert target.command & PCI_COMMAND_INTX_DISABLE == 0
     assert target.line()
+
+
+@trio_test
+async def test_a_client_may_write_command_while_its_data_is_looked_at(autojump_clock: MockClock) -> None:
+    sections = await saved(take(used()))
+    target = FakeEdu()
+    device = take(target)
+    await device.load_begin()
+    reads = []
+    target.read = lambda region, offset, width: reads.append((region, offset)) or 0
+    for section in sections:
+        await device.load(section)
+    assert reads == []

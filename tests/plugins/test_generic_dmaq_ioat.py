@@ -359,6 +359,7 @@ def test_another_kind_of_device_is_refused_at_the_first_section(register: int, v
         target = FakeIoat()
         target.global_regs[register] = value
         device = take(target)
+        await device.load_begin()
         with pytest.raises(StreamMismatchError):
             await device.load(sections[0])
         assert target.writes == []
@@ -382,6 +383,7 @@ async def test_a_state_of_a_running_channel_is_refused(autojump_clock: MockClock
     payload = bytearray(sections[1].payload)
     at = [r.name for r in device.layout.saved].index("channel[0].chansts") * 16 + 8
     payload[at] = payload[at] & ~7
+    await device.load_begin()
     await device.load(sections[0])
     with pytest.raises(StreamFormatError, match=r"channel\[0\] was not at rest \(state 0\)"):
         await device.load(Section("registers", 1, bytes(payload)))
@@ -406,6 +408,7 @@ async def test_a_restore_that_is_broken_off_ends_with_the_scratch_memory_unused(
         target.delay = 0.001
         driver.attach(target)
         device = take(target)
+        await device.load_begin()
         for section in sections:
             await device.load(section)
         with trio.move_on_after(seconds):
