@@ -6,6 +6,7 @@ It must not know what is checked. Nothing is served; a function that is in use i
 import argparse
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,9 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--bdf", metavar="BDF", required=True, help="the PCI function, for instance 0000:3b:00.1")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--bdf", metavar="BDF", help="the PCI function, for instance 0000:3b:00.1")
+    which.add_argument("--mdev", metavar="UUID", help="the mediated device")
     parser.add_argument("--plugin", metavar="NAME", default="auto", help="the plugin to ask (default: all)")
     parser.add_argument(
         "--option", metavar="K=V", action="append", default=[], help="an option of the plugin; repeat it for several"
@@ -58,7 +61,8 @@ def run(argv: list[str]) -> ExitCode:
     from vfu_server import cli_arguments, config
     from vfu_server.config import SourceKind
 
-    bdf = config.source(SourceKind.BDF, arguments.bdf).value
+    kind, value = (SourceKind.MDEV, arguments.mdev) if arguments.mdev else (SourceKind.BDF, arguments.bdf)
+    address = config.source(kind, value).value
     options = cli_arguments.options(arguments)
     if arguments.peer and arguments.json:
         raise UsageError("--peer compares for people; --json prints what another host compares with")
@@ -70,7 +74,8 @@ def run(argv: list[str]) -> ExitCode:
     from vfu_server.plugins import Plugins
 
     peer = doctor.read_report(_read(arguments.peer), arguments.peer) if arguments.peer else None
-    report = trio.run(doctor.diagnose, bdf, Plugins(), arguments.plugin, options)
+    diagnose = partial(doctor.diagnose, mediated=kind is SourceKind.MDEV)
+    report = trio.run(diagnose, address, Plugins(), arguments.plugin, options)
     findings = list(report.findings)
     if peer is not None:
         findings += doctor.compare(report, peer)

@@ -18,7 +18,7 @@ from vfu_server.errors import ConfigError, HostError, VfuServerError
 from vfu_server.host import checks
 from vfu_server.host.checks import Finding, Status
 from vfu_server.host.ioctl import Kernel
-from vfu_server.host.kernel import KernelHost, open_bdf
+from vfu_server.host.kernel import KernelHost, open_bdf, open_mdev
 from vfu_server.host.sysfs import Function, Sysfs
 from vfu_server.plugins import Plugins, Taken, exactly_one
 from vfu_server.uapi import Feature
@@ -67,13 +67,22 @@ def read_report(text: str, where: str) -> Report:
 
 
 async def diagnose(
-    bdf: str, plugins: Plugins, plugin: str, options: Mapping[str, str], *, kernel: Kernel | None = None
+    bdf: str,
+    plugins: Plugins,
+    plugin: str,
+    options: Mapping[str, str],
+    *,
+    kernel: Kernel | None = None,
+    mediated: bool = False,
 ) -> Report:
-    """All checks of the function at `bdf`. Raises nothing about the function: that is what a report is for."""
+    """All checks of the function at `bdf`, or of the mediated device with that UUID if it is a `mediated` one.
+
+    Raises nothing about the function: that is what a report is for.
+    """
     kernel = kernel or Kernel()
     sysfs = Sysfs(kernel.root)
     try:
-        function = sysfs.function(bdf)
+        function = sysfs.mdev(bdf) if mediated else sysfs.function(bdf)
     except HostError as error:
         return Report(bdf, (_refused("function", error),))
     facts: dict[str, Any] = _sysfs_facts(sysfs, function)
@@ -88,7 +97,7 @@ async def diagnose(
         check_memory_node(function),
     ]
     if all(finding.status is not Status.FAIL for finding in findings):
-        findings += await _opened(kernel, bdf, plugins, plugin, options, facts)
+        findings += await _opened(kernel, function, plugins, plugin, options, facts)
     return Report(bdf, tuple(findings), facts)
 
 
@@ -110,6 +119,8 @@ def _sysfs_facts(sysfs: Sysfs, function: Function) -> dict[str, Any]:
 
 def check_function(function: Function) -> Finding:
     """The function is there."""
+    if function.mdev_type:
+        return Finding("function", Status.OK, f"{function.bdf} is a mediated device of the type {function.mdev_type}")
     ids = f"{function.vendor:04x}:{function.device:04x} revision {function.revision:02x}"
     of = f", a VF of {function.physical_function}" if function.physical_function else ""
     return Finding("function", Status.OK, f"{function.bdf} is {ids}, class {function.class_code:06x}{of}")
@@ -127,14 +138,14 @@ def check_memory_node(function: Function) -> Finding:
 
 async def _opened(
     kernel: Kernel,
-    bdf: str,
+    function: Function,
     plugins: Plugins,
     plugin: str,
     options: Mapping[str, str],
     facts: dict[str, Any],
 ) -> list[Finding]:
     try:
-        host = await open_bdf(bdf, kernel=kernel)
+        host = await (open_mdev if function.mdev_type else open_bdf)(function.bdf, kernel=kernel)
     except HostError as error:
         return [_refused("open", error)]
     try:

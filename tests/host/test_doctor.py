@@ -8,6 +8,8 @@ import trio
 from trio.testing import trio_test
 
 from tests.host.conftest import BDF
+from tests.host.fake_function import FakeFunction
+from tests.host.fake_kernel import FakeKernel
 from tests.server.programs import install, run
 from vfu_server import cli_doctor, doctor, uapi
 from vfu_server.doctor import Report
@@ -314,7 +316,7 @@ def test_the_program_prints_json_and_reads_it_back(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ((), 2, "the following arguments are required: --bdf"),
+        ((), 2, "one of the arguments --bdf --mdev is required"),
         (("--bdf", "nonsense"), 2, "'nonsense' is no PCI address"),
         (("--bdf", NOWHERE, "--peer", "/nowhere.json"), 3, "--peer /nowhere.json: No such file or directory"),
         (("--bdf", NOWHERE, "--peer", "/dev/null"), 3, "/dev/null is no report"),
@@ -340,3 +342,20 @@ def test_help_names_every_option(capsys):
 def test_control_characters_do_not_reach_the_terminal(capsys):
     cli_doctor.print_findings([Finding("x", Status.FAIL, "a\x1b[2Jb", ("c\nd",))])
     assert capsys.readouterr().out == "fail  x: a\\x1b[2Jb\n        c\\x0ad\n"
+
+
+@trio_test
+async def test_a_mediated_device(machine, no_leaks, plugins):
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    machine.mdev(uuid, "mtty-2", driver="mtty")
+    machine.nodes("/dev/vfio/vfio", "/dev/vfio/7")
+    fake = FakeKernel(machine.root, FakeFunction(uuid))
+    report = await doctor.diagnose(uuid, plugins, "plain", {}, kernel=fake.kernel, mediated=True)
+    found = by_name(report)
+    assert found["function"].text == f"{uuid} is a mediated device of the type mtty-2"
+    assert (found["open"].status, found["open"].text[:19]) == (Status.OK, "opened by its group")
+    assert (found["plugin"].status, found["migration"].status, report.bdf) == (Status.OK, Status.OK, uuid)
+    missing = await doctor.diagnose(uuid[:-1] + "f", plugins, "plain", {}, kernel=fake.kernel, mediated=True)
+    (finding,) = missing.findings
+    assert (finding.status, "no mediated device" in finding.text) == (Status.FAIL, True)
+    fake.close()

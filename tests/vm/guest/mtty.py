@@ -6,9 +6,11 @@ it from one to another, and a program of plain ioctls takes and gives what the d
 
 import errno
 import fcntl
+import json
 import os
 import select
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ HEADER, PORT = 24, 36
 """Bytes of mtty's state: its header, and each port."""
 MAGIC = 0x7E9D09898C3E2C4E
 ALL_FLAGS = 7
-SECONDS = 25.0
+SECONDS = 120.0
 
 RX, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 DLAB, FIFO_ON = 0x80, 0x01
@@ -412,6 +414,17 @@ def check_device_that_is_in_use_or_not_there() -> None:
             server = Server("--plugin", "vfio", "--mdev", uuid, "--socket-path", "/run/x.sock")
             equal(server.wait(SECONDS), 4, server.log)
             equal((said in server.log, "Traceback" in server.log), (True, False), server.log)
+
+
+def check_doctor_of_a_mediated_device() -> None:
+    command = [sys.executable, "-m", "vfu_server", "doctor", "--plugin", "vfio", "--mdev", PLAIN, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    equal((done.returncode, done.stderr), (0, ""), done.stdout)
+    found = {row["name"]: row for row in json.loads(done.stdout)["checks"]}
+    equal(found["open"]["text"].startswith(f"opened by its {DOOR}"), True, found["open"]["text"])
+    equal(found["function"]["text"].endswith("of the type mtty-2"), True, found["function"]["text"])
+    equal("stop-copy, p2p, pre-copy" in found["kernel-migration"]["text"], True, found["kernel-migration"]["text"])
+    equal(found["migration"]["status"], "ok", found["migration"]["text"])
 
 
 def check_servers_end_in_order() -> None:
