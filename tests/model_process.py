@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any, Self
 
 TREE = Path(__file__).resolve().parents[1]
-START_SECONDS = 20.0
-STOP_SECONDS = 5.0
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
 
 
 class ModelProcess:

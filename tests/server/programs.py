@@ -52,7 +52,7 @@ def command(*arguments: object) -> list[str]:
 def run(*arguments: object, sites=(), **extra: str) -> subprocess.CompletedProcess[str]:
     """The program, until it has ended by itself."""
     return subprocess.run(
-        command(*arguments), env=environment(*sites, **extra), capture_output=True, text=True, timeout=30, check=False
+        command(*arguments), env=environment(*sites, **extra), capture_output=True, text=True, timeout=120, check=False
     )
 
 

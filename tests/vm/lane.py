@@ -1,13 +1,16 @@
-"""Owns what tests of the virtual machine use: run a command or a script of tests/vm/guest there, and judge its checks.
+"""Owns what tests of the virtual machine use: run a command there, or scripts of tests/vm/guest and judge their checks.
 
-A machine that cannot be made here says why, and fails in CI. Must not know what the scripts check.
+All scripts that a session's tests want from one kind of machine run in one machine, one after the other: a boot and the
+start of QEMU cost as much as many checks. A machine that cannot be made here says why, and fails in CI. Must not know
+what the scripts check.
 """
 
 import ast
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,18 +19,54 @@ from tests.lanes import lane_unavailable
 from tools.debian_root import RootError
 from tools.vm.devices import Device
 from tools.vm.kernel import KernelName
-from tools.vm.run import CHECKOUT, TREE, VmError, VmResult, run_in_vm
+from tools.vm.machine import Share
+from tools.vm.run import CHECKOUT, MEMORY, TREE, VmError, VmResult, run_in_vm
 
 KEPT = TREE / "build" / "vm"
 GUEST = Path(__file__).resolve().parent / "guest"
 IN_VM = f"{CHECKOUT}/tests/vm/guest"
+REPORT = "report: "
+"""Begins a line of a script's output that is for the reader of the session's summary."""
+SECONDS = 2400.0
+"""For all that a machine does: only one that hangs comes near it, however busy the machine below is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """What a machine is made with: devices, further folders, MiB of memory."""
+
+    devices: Sequence[Device] = ()
+    shares: Sequence[Share] = ()
+    memory: int = MEMORY
+
+
+Plug = Callable[[Path], AbstractContextManager[Plugged]]
+"""Makes what a machine needs, in a folder of its own, for as long as the machine runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of machine: its name, its kernel, and what it is plugged together from."""
+
+    name: str
+    kernel: KernelName
+    plug: Plug = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One script with its arguments, in one kind of machine."""
+
+    kind: Kind
+    script: str
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
     """What the checks of one script said in one machine: name -> nothing, or how it failed.
 
-    `end` tells how the machine ended.
+    `end` tells how the script and its machine ended.
     """
 
     outcomes: dict[str, str]
@@ -47,6 +86,18 @@ def checks_of(script: str) -> list[str]:
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
 
+def each_check(script: str, *runs: tuple[Kind, Sequence[str]]) -> pytest.MarkDecorator:
+    """Parametrizes a test with (run, check): every check of the script, for each kind of machine and its arguments."""
+    return pytest.mark.parametrize(
+        ("run", "check"),
+        [
+            pytest.param(Run(kind, script, tuple(arguments)), check, id="-".join((kind.name, *arguments, check)))
+            for kind, arguments in runs
+            for check in checks_of(script)
+        ],
+    )
+
+
 def vm(command: Sequence[str], folder: Path, kernel_name: KernelName, **options: object) -> VmResult:
     """`run_in_vm`, or the reason why this machine has no such lane."""
     try:
@@ -55,37 +106,55 @@ def vm(command: Sequence[str], folder: Path, kernel_name: KernelName, **options:
         lane_unavailable(str(error))
 
 
-def vm_python(script: str, *arguments: str, folder: Path, kernel_name: KernelName, **options: object) -> VmResult:
-    """Run a script of tests/vm/guest with Debian's Python."""
-    command = ["python3", f"{IN_VM}/{script}", *arguments]
-    return vm(command, folder, kernel_name, **options)
+class Machines:
+    """The machines of a session: each kind is booted once, for all scripts that tests of the session want from it."""
+
+    def __init__(self, wanted: Iterable[Run], folder: Callable[[str], Path]) -> None:
+        self._wanted = tuple(dict.fromkeys(wanted))
+        self._folder = folder
+        self._found: dict[Run, Checks] = {}
+        self.times: list[str] = []
+        """What took how long, a line for each machine and script."""
+
+    def checks(self, run: Run) -> Checks:
+        """What the checks of one script said."""
+        if run not in self._found:
+            self._boot(run.kind)
+        return self._found[run]
+
+    def _boot(self, kind: Kind) -> None:
+        runs = [run for run in self._wanted if run.kind == kind]
+        home = self._folder(kind.name)
+        folder, commands = home / "run", json.dumps([[run.script, *run.arguments] for run in runs])
+        argv = ["python3", f"{IN_VM}/in_turn.py", "script", commands]
+        try:
+            with kind.plug(home) as plugged:
+                options = {"devices": plugged.devices, "shares": plugged.shares, "memory": plugged.memory}
+                result = vm(argv, folder, kind.kernel, timeout=SECONDS, **options)
+            status, end = result.status, result.stderr
+            self.times.append(f"{result.seconds:7.1f} s  machine {kind.name}")
+        except RootError as error:
+            lane_unavailable(str(error))
+        except VmError as error:
+            status, end = -1, str(error)
+        if status:
+            kept = KEPT / kind.name
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept)
+            end += f"\n(all that the machine left is in {kept})"
+        for number, run in enumerate(runs):
+            self._found[run] = self._read(run, folder / "results" / f"script-{number}", end)
+
+    def _read(self, run: Run, folder: Path, end: str) -> Checks:
+        lines = _text(folder / "checks").splitlines()
+        ended = json.loads(_text(folder / "ended") or "{}")
+        if ended:
+            self.times.append(f"{ended['seconds']:7.1f} s    {' '.join((run.script, *run.arguments))}")
+            said = (line for line in _text(folder / "stdout").splitlines() if line.startswith(REPORT))
+            self.times += (f"{'':13}{line.removeprefix(REPORT)}" for line in said)
+        told = f"exit status {ended.get('status', 'unknown')}\n{_text(folder / 'stderr')}{end}"
+        return Checks({entry["check"]: entry["error"] for entry in map(json.loads, lines)}, told)
 
 
-def vm_checks(
-    script: str,
-    *arguments: str,
-    folder: Path,
-    kernel_name: KernelName,
-    devices: Sequence[Device],
-    timeout: float = 90,
-    **options: object,
-) -> Checks:
-    """Run a script of checks in one machine; how it ended is told by each check that asks.
-
-    Of a run that failed everything is kept in build/vm, which outlives pytest's folders.
-    """
-    try:
-        options |= {"devices": devices, "timeout": timeout}
-        result = vm_python(script, *arguments, folder=folder, kernel_name=kernel_name, **options)
-        status, end = result.status, result.stderr
-    except VmError as error:
-        status, end = -1, str(error)
-    record = folder / "results" / "checks"
-    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-    outcomes = {entry["check"]: entry["error"] for entry in map(json.loads, lines)}
-    if status:
-        kept = KEPT / f"{script.removesuffix('.py')}-{folder.name}"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder, kept)
-        end += f"\n(all that the machine left is in {kept})"
-    return Checks(outcomes, end)
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

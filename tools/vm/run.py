@@ -26,7 +26,7 @@ TREE = Path(__file__).resolve().parents[2]
 CHECKOUT = "/checkout"
 RESULTS = "/results"
 MEMORY = 1024
-SECONDS = 60.0
+SECONDS = 600.0
 # Whose byte code the machine would otherwise compile at each run.
 PYTHON_FOLDERS = ("vfu_server", "plugins", "tests")
 SHOWN_LINES = 25

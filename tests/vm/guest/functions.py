@@ -30,6 +30,12 @@ def ready(ids: tuple[int, int]) -> str:
     return bdf
 
 
+def interface(bdf: str) -> str:
+    """The name of the one network interface of a function."""
+    (found,) = (pci.DEVICES / bdf / "net").iterdir()
+    return found.name
+
+
 @cache
 def virtual_functions() -> list[str]:
     """igb's two virtual functions, bound to vfio-pci; the card itself stays with its driver, which answers them."""
@@ -38,15 +44,14 @@ def virtual_functions() -> list[str]:
     if pci.driver(card) != "igb":
         pci.bind(card, "igb")
     # Only a card that is up listens to its functions' mailboxes and sends messages.
-    (interface,) = (pci.DEVICES / card / "net").iterdir()
-    subprocess.run(["ip", "link", "set", interface.name, "up"], check=True)
+    subprocess.run(["ip", "link", "set", interface(card), "up"], check=True)
     count = pci.DEVICES / card / "sriov_numvfs"
     if count.read_text().strip() == "0":
         # Else a driver for them would take them first.
         (pci.DEVICES / card / "sriov_drivers_autoprobe").write_text("0")
         count.write_text("2")
     address = ADDRESS.hex(":")
-    subprocess.run(["ip", "link", "set", interface.name, "vf", "0", "mac", address], check=True)
+    subprocess.run(["ip", "link", "set", interface(card), "vf", "0", "mac", address], check=True)
     found = pci.find(pci.IGB_VF)
     for bdf in found:
         pci.bind(bdf)

@@ -4,20 +4,22 @@ Once the server presents it to vfio-user-pci, once QEMU has it from the kernel b
 The program inside is tests/vm/inner/edu_init.c.
 """
 
-from tests.vm.guest import checks, functions, inner_machine, pci
+from tests.vm.guest import checks, functions, inner_lspci, pci
 from tests.vm.guest.checks import equal
+from tests.vm.guest.inner_machine import CHECK_SECONDS, Used, by_our_server, by_the_kernel
 
-checks.SECONDS = inner_machine.CHECK_SECONDS
+checks.SECONDS = CHECK_SECONDS
+PLACE = {"bus": "pcie.0", "addr": "0x10"}
 
-results: dict[str, list[list[str]]] = {}
+used: dict[str, Used] = {}
 
 
 def check_edu_by_our_server() -> None:
-    results["ours"] = inner_machine.by_our_server(functions.ready(pci.EDU), "generic_dmaq")
+    used["ours"] = by_our_server(functions.ready(pci.EDU), "edu", PLACE, plugin="generic_dmaq")
 
 
 def check_edu_by_the_kernel() -> None:
-    results["the kernel's"] = inner_machine.by_the_kernel(functions.ready(pci.EDU))
+    used["the kernel's"] = by_the_kernel(functions.ready(pci.EDU), "edu", PLACE)
 
 
 def check_results_are_equal_and_right() -> None:
@@ -29,8 +31,12 @@ def check_results_are_equal_and_right() -> None:
             "result: DMA there and back equal",
             "result: 7! by INTx = 5040",
         ]
-    equal(results.get("ours"), [wanted, wanted], "by the server, before and after the reset")
-    equal(results.get("ours"), results.get("the kernel's"), "by both")
+    equal(used["ours"].results, [wanted, wanted], "by the server, before and after the reset")
+    equal(used["ours"].results, used["the kernel's"].results, "by both")
+
+
+def check_lspci_inside_agrees() -> None:
+    inner_lspci.compare("edu", used["ours"], used["the kernel's"])
 
 
 checks.run(globals())

@@ -40,7 +40,7 @@ def with_function(bdf: str, work: Callable[[KernelHost], Awaitable[None]]) -> No
     async def opened() -> None:
         host = await open_bdf(bdf)
         try:
-            with trio.fail_after(20):
+            with trio.fail_after(120):
                 await work(host)
         finally:
             await host.aclose()

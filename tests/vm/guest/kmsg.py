@@ -14,7 +14,7 @@ class KernelLog:
         os.lseek(self._fd, 0, os.SEEK_END)
         self.lines: list[str] = []
 
-    def wait(self, pattern: str, seconds: float = 5.0) -> str:
+    def wait(self, pattern: str, seconds: float = 60.0) -> str:
         """The first new line that matches; AssertionError with what was said instead."""
         deadline = time.monotonic() + seconds
         seen = 0

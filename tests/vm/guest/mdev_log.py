@@ -11,7 +11,7 @@ from vfu_server import uapi
 from vfu_server.testing import Client, GuestMemory, ReplyError
 from vfu_server.uapi import Feature
 
-UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1009"
 PAGE = 4096
 
 

@@ -42,7 +42,7 @@ def transfer(device: RawDevice, source: int, destination: int, command: int) -> 
     for register, value in ((DMA_SOURCE, source), (DMA_DESTINATION, destination), (DMA_COUNT, len(PATTERN))):
         device.write(0, register, 8, value)
     device.write(0, DMA_COMMAND, 8, RUN | command)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while device.read(0, DMA_COMMAND, 8) & RUN:
         if time.monotonic() > deadline:
             raise AssertionError("the device did not finish its DMA")

@@ -154,7 +154,7 @@ class CdevDevice(RawDevice):
         fcntl.ioctl(self._iommu, IOAS_UNMAP, bytearray(struct.pack("=2I2Q", 24, self._ioas, iova, size)))
 
 
-def wait_eventfd(eventfd: int, seconds: float = 5.0) -> int:
+def wait_eventfd(eventfd: int, seconds: float = 60.0) -> int:
     """How often it was signalled, at least once; AssertionError when it was not."""
     if not select.select([eventfd], [], [], seconds)[0]:
         raise AssertionError(f"no interrupt within {seconds:g} s")

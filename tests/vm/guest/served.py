@@ -1,19 +1,20 @@
 """Owns the server as a process in the test machine, with a real function as its device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.server.programs import Server
 from vfu_server.testing import EduDriver, Guest, GuestMemory
 
 SOCKETS = Path("/run/vfu")
-SECONDS = 25.0
+SECONDS = 120.0
 MEMORY, IOVA = 64 << 10, 0x100000
 
 
-def serve(bdf: str, *options: object, plugin: str = "generic_dmaq") -> Server:
-    """A server for the function, listening; killed at the end of its `with`."""
+def serve(bdf: str, *options: object, plugin: str = "generic_dmaq", sites: Sequence[Path] = ()) -> Server:
+    """A server for the function, listening; killed at the end of its `with`. `sites` have further plugins."""
     SOCKETS.mkdir(mode=0o700, exist_ok=True)
-    server = Server("--plugin", plugin, "--bdf", bdf, "--socket-path", socket_of(bdf), *options)
+    server = Server("--plugin", plugin, "--bdf", bdf, "--socket-path", socket_of(bdf), *options, sites=sites)
     try:
         server.wait_log("listening at", SECONDS)
     except BaseException:

@@ -21,10 +21,9 @@ from vfu_server.uapi import PCI_VENDOR_ID, RegionIndex
 
 COUNT = int(sys.argv[1])
 GET_FEATURES, NUMBER_OF_QUEUES = 0x0A, 7
-SETTLE = 25.0
+SETTLE = 150.0
 """Seconds until idle threads of trio's have ended: they wait 10 s for work."""
-REPORT = Path("/results/wakeups")
-checks.SECONDS = 200
+checks.SECONDS = 900
 
 
 def switches(server: Server) -> dict[str, int]:
@@ -85,7 +84,7 @@ def check_no_wakeup_for_doorbells_interrupts_and_dma() -> None:
             before, began = settle(server), time.monotonic()
             interrupts = drive(guest, driver, COUNT)
             took, after = time.monotonic() - began, switches(server)
-            REPORT.write_text(f"{interrupts} interrupts, {2 * COUNT} doorbells, {took:.1f} s, {before} -> {after}\n")
+            print(f"report: {interrupts} interrupts, {2 * COUNT} doorbells, {took:.1f} s, {before} -> {after}")
             equal(interrupts, COUNT, "interrupts")
             equal(after, before, "switches to each thread of the server")
             guest.client.read(RegionIndex.CONFIG, PCI_VENDOR_ID, 2)

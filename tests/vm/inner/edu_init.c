@@ -1,25 +1,17 @@
 /*
- * The first and only process of a guest inside the test machine: a program that drives edu by VFIO without an IOMMU.
+ * Drives edu by VFIO without an IOMMU, in a guest inside the test machine.
  *
  * Factorials by MSI and by INTx, DMA both ways by physical address, then the driver is taken from the function and given
- * back and all is done again. Prints a line for each result and "done"; the machine is reset or ended from outside. It
- * knows nothing of what is below the function.
+ * back and all is done again. It knows nothing of what is below the function.
  */
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
+#include "inner.h"
+
 #include <linux/vfio.h>
 #include <poll.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/mount.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define ID 0x00
 #define FACTORIAL 0x08
@@ -32,31 +24,9 @@
 #define DMA_COMMAND 0x98
 #define BUFFER 0x40000
 #define PAGE 4096
-#define SECONDS 20
 
-static char bdf[256];
 static int device;
 static uint64_t bar, config;
-
-static void
-fail(const char *what)
-{
-    printf("failed: %s: %s\n", what, strerror(errno));
-    for (;;) {
-        pause();
-    }
-}
-
-static void
-put(const char *path, const char *text)
-{
-    int fd = open(path, O_WRONLY);
-
-    if (fd < 0 || write(fd, text, strlen(text)) < 0) {
-        fail(path);
-    }
-    close(fd);
-}
 
 static uint64_t
 get(uint64_t at, int width)
@@ -74,30 +44,6 @@ set(uint64_t at, int width, uint64_t value)
 {
     if (pwrite(device, &value, width, at) != width) {
         fail("writing a register");
-    }
-}
-
-static void
-find_edu(void)
-{
-    DIR *all = opendir("/sys/bus/pci/devices");
-    struct dirent *one;
-
-    while (all != NULL && (one = readdir(all)) != NULL) {
-        char path[512], text[16] = "";
-        int fd;
-
-        snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/device", one->d_name);
-        fd = open(path, O_RDONLY);
-        if (fd >= 0 && read(fd, text, sizeof(text) - 1) > 0 && strncmp(text, "0x11e8", 6) == 0) {
-            snprintf(bdf, sizeof(bdf), "%s", one->d_name);
-        }
-        close(fd);
-    }
-    closedir(all);
-    if (bdf[0] == '\0') {
-        errno = ENODEV;
-        fail("looking for edu");
     }
 }
 
@@ -228,24 +174,15 @@ main(void)
 {
     char path[512];
 
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    mkdir("/proc", 0755);
-    mkdir("/sys", 0755);
-    mkdir("/dev", 0755);
-    mount("proc", "/proc", "proc", 0, NULL);
-    mount("sysfs", "/sys", "sysfs", 0, NULL);
-    mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-    find_edu();
+    start("0x11e8");
     put("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "1");
     snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/driver_override", bdf);
     put(path, "vfio-pci");
     put("/sys/bus/pci/drivers_probe", bdf);
     work("bound");
+    print_config();
     put("/sys/bus/pci/drivers/vfio-pci/unbind", bdf);
     put("/sys/bus/pci/drivers_probe", bdf);
     work("bound again");
-    printf("done\n");
-    for (;;) {
-        pause();
-    }
+    done();
 }

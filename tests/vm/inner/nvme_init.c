@@ -1,57 +1,25 @@
 /*
- * The first and only process of a guest inside the test machine: it uses a disk through the kernel's own nvme driver.
+ * Uses a disk through the kernel's own nvme driver, in a guest inside the test machine.
  *
  * Writes a pattern past the page cache, reads it back, takes the driver from the function and gives it back, reads again.
- * After a reset of the machine it first looks for what it wrote before. Prints a line for each result and "done".
+ * After a reset of the machine it first looks for what it wrote before.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
+#include "inner.h"
+
 #include <linux/fs.h>
-#include <sys/mount.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
+#include <stdint.h>
+#include <sys/ioctl.h>
 
 #define DISK "/dev/nvme0n1"
 #define CHUNK (64 * 1024)
-#define SECONDS 20
 
 static uint64_t size;
-
-static void
-fail(const char *what)
-{
-    printf("failed: %s: %s\n", what, strerror(errno));
-    for (;;) {
-        pause();
-    }
-}
-
-static void
-put(const char *path, const char *text)
-{
-    int fd = open(path, O_WRONLY);
-
-    if (fd < 0 || write(fd, text, strlen(text)) < 0) {
-        fail(path);
-    }
-    close(fd);
-}
 
 static int
 open_disk(void)
 {
-    struct timespec pause_between = { .tv_nsec = 50 * 1000 * 1000 };
-
-    /* The driver looks for namespaces in its own time, and devtmpfs tells nobody. */
-    for (int tries = 0; tries < SECONDS * 20; tries++) {
+    for (int tries = 0;; tries++) {
         int fd = open(DISK, O_RDWR | O_DIRECT);
 
         if (fd >= 0) {
@@ -60,10 +28,8 @@ open_disk(void)
             }
             return fd;
         }
-        nanosleep(&pause_between, NULL);
+        look_again(tries, DISK);
     }
-    fail(DISK);
-    return -1;
 }
 
 static void
@@ -124,16 +90,6 @@ fill(void)
 static void
 rebind(void)
 {
-    DIR *all = opendir("/sys/bus/pci/drivers/nvme");
-    struct dirent *one;
-    char bdf[256] = "";
-
-    while (all != NULL && (one = readdir(all)) != NULL) {
-        if (strchr(one->d_name, ':') != NULL) {
-            snprintf(bdf, sizeof(bdf), "%s", one->d_name);
-        }
-    }
-    closedir(all);
     put("/sys/bus/pci/drivers/nvme/unbind", bdf);
     if (access(DISK, F_OK) == 0) {
         errno = EBUSY;
@@ -145,18 +101,12 @@ rebind(void)
 int
 main(void)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    mkdir("/sys", 0755);
-    mkdir("/dev", 0755);
-    mount("sysfs", "/sys", "sysfs", 0, NULL);
-    mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+    start("0x0010");
     look("found");
     fill();
     look("written");
+    print_config();
     rebind();
     look("bound again");
-    printf("done\n");
-    for (;;) {
-        pause();
-    }
+    done();
 }
