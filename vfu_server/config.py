@@ -47,6 +47,8 @@ class Source:
 class DeviceConfig:
     """One device to serve. `fd` -1: listen at `socket_path`, else at systemd's socket or the default path.
 
+    `machine`: the virtual machine that it belongs to together with other devices, if any.
+
     For a PCI function: `vf_token` the UUID that a VF of a vfio-pci PF needs; `vfio_fd`, `iommufd` what a launcher has
     opened (both or none).
     """
@@ -62,6 +64,7 @@ class DeviceConfig:
     allow_p2p: bool = False
     require_migration: bool = False
     revoke: bool = False
+    machine: str = ""
     trace_regions: str = ""
     vf_token: str = ""
     vfio_fd: int = -1

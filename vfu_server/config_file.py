@@ -5,7 +5,8 @@ It must not know the command line. The form:
     [server]                      log-level, log-format, socket-group, metrics
     [defaults]                    any field of a device but name, source, fd and vf-token; for all devices
     [[device]]                    name, plugin, one of bdf / model / device-socket / mdev, socket-path or fd,
-                                  mmap, revoke, dirty-tracking, allow-p2p, require-migration, trace-regions, vf-token
+                                  mmap, revoke, dirty-tracking, allow-p2p, require-migration, trace-regions, vf-token,
+                                  machine
     [device.options]              what --option gives, for this device
 """
 
@@ -50,6 +51,7 @@ _DEFAULTS = {
     "allow-p2p": Field(bool),
     "require-migration": Field(bool),
     "revoke": Field(bool),
+    "machine": Field(str),
     "trace-regions": Field(str),
     "options": Field(dict),
 }
@@ -128,6 +130,8 @@ class _Reader:
         if "metrics" in server:
             self._checked(("server", "metrics"), lambda: config.metrics_address(server["metrics"]))
         raw_defaults = self._table(("defaults",), document.get("defaults", {}), _DEFAULTS)
+        if "machine" in raw_defaults:
+            self._checked(("defaults", "machine"), lambda: config.check_name(raw_defaults["machine"]))
         no_source = Source(SourceKind.MODEL, "")
         defaults = self._fill(("defaults",), raw_defaults, DeviceConfig("", no_source))
         devices = [self._device(number, table, defaults) for number, table in enumerate(document.get("device", []))]
@@ -169,6 +173,8 @@ class _Reader:
             raise self.fail((*where, "fd"), "stands beside socket-path: give one of them")
         if table.get("fd", 0) < 0:
             raise self.fail((*where, "fd"), f"{table['fd']} is no file descriptor")
+        if "machine" in table:
+            self._checked((*where, "machine"), lambda: config.check_name(table["machine"]))
         token = table.get("vf-token", "")
         if token and source.kind is not SourceKind.BDF:
             raise self.fail((*where, "vf-token"), "goes with bdf")

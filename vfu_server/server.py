@@ -99,11 +99,13 @@ def _devices(config: ServerConfig, listeners: Sequence[Listener], companions: "C
     """The devices, not opened yet, their plugins loaded. Raises PluginError, UsageError (no such model)."""
     from vfu_server.plugins import Plugins
     from vfu_server.server_device import ServedDevice
+    from vfu_server.session_machine import machines
     from vfu_server.session_peers import Peers
 
     plugins, peers = Plugins(), Peers()
+    together = machines({device.name: device.machine for device in config.devices})
     devices = [
-        ServedDevice(device, plugins, listener, peers, companions)
+        ServedDevice(device, plugins, listener, peers, companions, together[device.name])
         for device, listener in zip(config.devices, listeners, strict=True)
     ]
     for device in devices:

@@ -24,6 +24,7 @@ from vfu_server.server_doors import open_host
 from vfu_server.server_stage import CLOSE_DEADLINE, Stage, one_cause
 from vfu_server.session import Session, SessionOptions
 from vfu_server.session_counts import SessionStatistics
+from vfu_server.session_machine import Machine
 from vfu_server.session_peers import Peers
 from vfu_server.sockets import Listener
 from vfu_server.trace_file import TraceFile, clocks
@@ -42,11 +43,13 @@ class ServedDevice:
         listener: Listener,
         peers: Peers,
         companions: CompanionDoors,
+        machine: Machine,
     ) -> None:
         self.config = config
         self.listener = listener
         self._peers = peers
         self._companions = companions
+        self._machine = machine
         self.stage = Stage.OPENING
         self.failure: Exception | None = None
         """Why it is not served (any more); None after a clean end."""
@@ -201,6 +204,7 @@ class ServedDevice:
                 allow_p2p=self.config.allow_p2p,
             ),
             peers=self._peers,
+            machine=self._machine,
             trace=None if self._trace is None else self._trace.begin(self._trace_header(host, taken)),
         )
 

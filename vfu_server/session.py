@@ -23,6 +23,7 @@ from vfu_server.session_config import flr_bits
 from vfu_server.session_counts import Mistakes, SessionStatistics
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_load import Load
+from vfu_server.session_machine import Machine
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_messages import Messages
 from vfu_server.session_migration import Migration
@@ -69,10 +70,13 @@ class Session:
         options: SessionOptions,
         trace: Trace | None = None,
         peers: Peers | None = None,
+        machine: Machine | None = None,
     ) -> None:
         """`trace` takes down every access; it is closed by whoever opened it, after `shutdown`. `peers` is shared with
-        the other sessions of the process.
+        the other sessions of the process, `machine` with those of the same virtual machine.
         """
+        self._machine = Machine(name, [name]) if machine is None else machine
+        self._machine.join(name, device.capabilities)
         self._host = host
         self._device = device
         self._trace = trace
@@ -91,7 +95,7 @@ class Session:
         ring = self._context.ring
         self._save = Save(host, device, ring, plugin_name, plugin_version, revocation)
         self._load = Load(host, device, ring, plugin_name)
-        self._migration = Migration(device, self._context, self._save, self._load, revocation)
+        self._migration = Migration(name, device, self._context, self._save, self._load, revocation, self._machine)
         self._name = name
         self._peers = Peers() if peers is None else peers
         p2p = options.allow_p2p and device.capabilities.p2p
@@ -151,8 +155,9 @@ class Session:
         Raises DeviceGoneError when the device is lost and its last client has gone.
         """
         can = self._device.capabilities
-        if not can.migratable:
-            log.warning("this device is presented but cannot be migrated: %s", can.reason)
+        await self._machine.complete()
+        if refusal := self._machine.refusal(self._name) if can.migratable else can.reason:
+            log.warning("this device is presented but cannot be migrated: %s", refusal)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_host)
             await self._dirty.find_source()
@@ -190,6 +195,7 @@ class Session:
         self._clients += 1
         self._touched = self._messages.precopy_flags = False
         self._peers.connect(self._name, self._host, client_process(sock_fd))
+        self._machine.present(self._name, self._migration.state)
         try:
             self._context.attach(sock_fd)
             async with trio.open_nursery() as nursery:
@@ -211,6 +217,7 @@ class Session:
                         _close_all(event.fds)
                     self._touched = self._touched or isinstance(event, Connected)
                 await self._reclaim()
+            self._machine.present(self._name, None)
             idle.set()
         if self._gone:
             raise self._gone

@@ -17,7 +17,6 @@ from vfu_server.errors import ClientError, DeadlineError, HostError, PluginError
 from vfu_server.feature import FeatureRequest, Offer
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.context import Message
-from vfu_server.migration import migration_flags
 from vfu_server.session_config import without_flr
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_memory import ClientMemory
@@ -136,7 +135,7 @@ class Messages:
 
     async def _device_feature(self, message: Message) -> bytes:
         # Memory that the hardware cannot reach would not be the same on the other side.
-        flags = 0 if self._memory.unreachable else migration_flags(self._device.capabilities)
+        flags = 0 if self._memory.unreachable else self._migration.flags
         request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
         if request.probe:
             return request.reply()

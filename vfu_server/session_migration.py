@@ -28,6 +28,7 @@ from vfu_server.migration import Arc, Step, data_session, migration_flags, next_
 from vfu_server.policy import StateClass
 from vfu_server.session_counts import MigrationCounts
 from vfu_server.session_load import Load
+from vfu_server.session_machine import Machine
 from vfu_server.session_revoke import Revocation
 from vfu_server.session_save import Save
 from vfu_server.uapi import MigState
@@ -49,10 +50,21 @@ STREAM_OVERHEAD = 16 << 10
 class Migration:
     """The migration state of one device, and what moves it. `state` is what the client is told."""
 
-    def __init__(self, device: Device, context: Context, save: Save, load: Load, revocation: Revocation) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        context: Context,
+        save: Save,
+        load: Load,
+        revocation: Revocation,
+        machine: Machine,
+    ) -> None:
         self.state = MigState.RUNNING
         self.counts = MigrationCounts()
         self._revocation = revocation
+        self._name = name
+        self._machine = machine
         self._device = device
         self._context = context
         self._save = save
@@ -78,9 +90,14 @@ class Migration:
             Step.FINISH_LOAD: lambda _: load.finish(),
         }
 
+    @property
+    def flags(self) -> int:
+        """What feature MIGRATION answers; 0: it is not offered."""
+        return 0 if self._machine.refusal(self._name) else migration_flags(self._device.capabilities)
+
     async def set_state(self, target: int) -> None:
         """Walk to `target`. On an error the state is the last one reached, or ERROR if even that could not be held."""
-        flags = migration_flags(self._device.capabilities)
+        flags = self.flags
         began = trio.current_time()
         try:
             with trio.fail_after(ARC_DEADLINE):
@@ -95,10 +112,12 @@ class Migration:
             try:
                 while (step := next_step(flags, self.state, target)) is not self.state:
                     arc, total = Arc(self.state, step), self._context.ring.total
+                    self._machine.set_out(self._name, arc, target)
                     with self.counts.timed(arc):
                         await self._walk(arc)
                     self.counts.data_over(arc.closes, total)
             finally:
+                self._machine.present(self._name, self.state)
                 self._revocation.at_rest(self.state in (MigState.STOP, MigState.STOP_COPY))
 
     async def _open_load(self) -> None:
@@ -152,6 +171,7 @@ class Migration:
     async def fail(self) -> None:
         """Nobody knows what the device does any more: state ERROR, left by a reset only."""
         self.state = MigState.ERROR
+        self._machine.present(self._name, self.state)
         with trio.CancelScope(shield=True):
             await self.switch_class(StateClass.ERROR)
 
@@ -196,6 +216,7 @@ class Migration:
         self.counts.resets += 1
         self._context.mark_reset()
         self.state = MigState.RUNNING
+        self._machine.present(self._name, self.state)
         await self.switch_class(StateClass.RUNNING)
 
     async def switch_class(self, state_class: StateClass) -> None:

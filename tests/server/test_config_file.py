@@ -144,6 +144,15 @@ def test_complaints(tmp_path, text, complaint) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_devices_of_one_machine(tmp_path) -> None:
+    text = '[defaults]\nmachine = "one"\nsocket-path = "/x/%n"\n'
+    text += '[[device]]\nname = "a"\nmodel = "edu"\n[[device]]\nname = "b"\nmodel = "edu"\nmachine = "two"\n'
+    assert [device.machine for device in read(tmp_path, text).devices] == ["one", "two"]
+    for wrong in (text.replace('"one"', '""'), text.replace('"two"', '"t w o"')):
+        with pytest.raises(ConfigError, match=r"machine: .* is no name"):
+            read(tmp_path, wrong)
+
+
 def test_bytes_that_are_no_text(tmp_path) -> None:
     (tmp_path / "server.toml").write_bytes(b"# fine\n\n# \xff\n")
     with pytest.raises(ConfigError, match=r"server\.toml:3: not UTF-8"):
