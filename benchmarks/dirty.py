@@ -18,7 +18,7 @@ from benchmarks.native_build import program
 from benchmarks.processes import TREE, BenchmarkError, python
 from benchmarks.rounds import interleaved
 from benchmarks.rows import Goal, Row, compared
-from vfu_server import uapi
+from vfu_server import feature, uapi
 from vfu_server.feature import LoggingReport, LoggingStart
 from vfu_server.host import ioctl
 from vfu_server.host.kernel_dirty import IommuLog
@@ -59,6 +59,9 @@ class _Host:
     async def device_feature(self, flags: int, data: bytes = b"", reply_size: int = 0) -> bytes:
         return self._log.feature(flags, data, reply_size)
 
+    async def merge_dirty(self, iova: int, length: int, page_size: int, bits: memoryview) -> None:
+        self._log.merge(iova, length, page_size, bits)
+
 
 class _Memory:
     """One map: all of the guest's memory."""
@@ -82,11 +85,21 @@ async def tell() -> float:
     began = time.perf_counter()
     told = 0
     for iova in range(0, TERABYTE, RANGE):
-        told += len(await log.report(LoggingReport(iova, min(RANGE, TERABYTE - iova), PAGE)))
+        report = LoggingReport(iova, min(RANGE, TERABYTE - iova), PAGE)
+        told += len(feature.logging_report_reply(_request(report), await log.report(report)))
     took = time.perf_counter() - began
     if told < TERABYTE // PAGE // 8:
         raise BenchmarkError(f"{told} bytes of bitmap were told")
     return took
+
+
+def _request(report: LoggingReport) -> feature.FeatureRequest:
+    """The message that asks for it, decoded."""
+    argsz = uapi.DEVICE_FEATURE.size + uapi.FEATURE_LOGGING_REPORT.size + report.bitmap_size
+    flags = uapi.FEATURE_GET | uapi.Feature.DMA_LOGGING_REPORT
+    payload = uapi.DEVICE_FEATURE.pack(argsz, flags)
+    payload += uapi.FEATURE_LOGGING_REPORT.pack(report.iova, report.length, report.page_size)
+    return feature.parse_feature(payload, feature.Offer(uapi.MIGRATION_STOP_COPY, True))
 
 
 def measure(machine: Machine, rounds: int, _where: Path) -> Iterator[Row]:

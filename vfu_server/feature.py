@@ -287,9 +287,11 @@ def parse_logging_report(request: FeatureRequest, max_bitmap: int) -> LoggingRep
     return report
 
 
-def logging_report_reply(request: FeatureRequest, bitmap: bytes | bytearray) -> bytes:
+def logging_report_reply(request: FeatureRequest, bitmap: bytes | bytearray | memoryview) -> bytes:
     """Answer GET DMA_LOGGING_REPORT: the request's range, then the bitmap."""
-    return request.reply(request.data[: FEATURE_LOGGING_REPORT.size] + bitmap)
+    report = request.data[: FEATURE_LOGGING_REPORT.size]
+    head = DEVICE_FEATURE.pack(DEVICE_FEATURE.size + len(report) + len(bitmap), request.flags)
+    return b"".join((head, report, bitmap))  # it is large: copied once
 
 
 def _check_page_size(what: str, page_size: int) -> None:

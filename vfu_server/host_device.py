@@ -130,6 +130,17 @@ class StateFile(Protocol):
         ...
 
 
+class DirtyDoor(Protocol):
+    """A HostDevice that tells dirty pages without copies of its own, besides answering DMA_LOGGING_REPORT."""
+
+    async def merge_dirty(self, iova: int, length: int, page_size: int, bits: memoryview) -> None:
+        """Set in `bits` the pages of the range that were written since they were asked for last; no bit is cleared.
+
+        Bit 0 is the page at `iova`; `bits` has whole 64-bit words. HostError: what it has not told may be forgotten.
+        """
+        ...
+
+
 class MigrationDoor(Protocol):
     """What migrates a device by itself behind a door: its driver in the kernel, with migration protocol v2."""
 

@@ -8,12 +8,13 @@ and bitmaps inline.
 import errno
 import logging
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from vfu_server import uapi
 from vfu_server.dma import bitmap_bytes, logging_ranges
 from vfu_server.errors import ClientError, HostError, VfuServerError
 from vfu_server.feature import LoggingReport, LoggingStart
-from vfu_server.host_device import DmaMap, HostDevice
+from vfu_server.host_device import DirtyDoor, DmaMap, HostDevice
 from vfu_server.libvfio_user.bitmap import PageBitmap
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_written import WrittenPages
@@ -43,6 +44,9 @@ class DirtyLog:
         self._watched: Sequence[tuple[int, int]] = ()
         """`(iova, length)` that the source follows, ascending."""
         self._written = WrittenPages()
+        self._door: DirtyDoor | None = cast("DirtyDoor", host) if hasattr(host, "merge_dirty") else None
+        self._answer = bytearray()
+        """Memory of the last answer, for the next one: new memory costs more than what is done with it."""
         self.running = False
 
     @property
@@ -93,6 +97,7 @@ class DirtyLog:
         self.running = False
         self._memory.watch_unmaps(None)
         self._written.clear()
+        self._answer = bytearray()
         await self._stop_source()
 
     async def _stop_source(self) -> None:
@@ -100,20 +105,27 @@ class DirtyLog:
             await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP)
             self._source_runs = False
 
-    async def report(self, report: LoggingReport) -> bytes:
-        """The bitmap for a range, and a clean start for it. After an error the client takes everything for dirty, and
-        so is it told if it asks again.
+    async def report(self, report: LoggingReport) -> memoryview:
+        """The bitmap for a range, and a clean start for it; to be used before the next is asked for. After an error the
+        client takes everything for dirty, and so is it told if it asks again.
         """
         if not self.running:
             raise ClientError("DMA_LOGGING_REPORT: no log is kept", errno.EINVAL)
-        answer = PageBitmap.of(report.iova, report.length, report.page_size)
+        answer = self._empty(report)
         try:
             await self._read(answer, report.length)
         except VfuServerError:
             self._take_for_written(self._memory.writable(report.iova, report.length), report.iova, report.length)
             raise
         self._written.take(answer, report.length)
-        return bytes(answer.bits)
+        return memoryview(answer.bits)
+
+    def _empty(self, report: LoggingReport) -> PageBitmap:
+        if len(self._answer) < report.bitmap_size:
+            self._answer = bytearray(report.bitmap_size)
+        answer = PageBitmap.within(self._answer, report.iova, report.length, report.page_size)
+        answer.wipe()
+        return answer
 
     async def _collect(self, maps: Sequence[DmaMap]) -> None:
         """Memory is about to be unmapped: keep what was written to it. Never fails: what cannot be read counts."""
@@ -151,6 +163,10 @@ class DirtyLog:
         """In pages of the answer where the range begins with one, else in the smallest."""
         page_size = uapi.PAGE_SIZE if (first - into.iova) % into.page_size else into.page_size
         for start, end in _steps(first, last, page_size * STEP_PAGES):
+            place = into.from_page(start, end, page_size) if self._door is not None else None
+            if self._door is not None and place is not None:
+                await self._door.merge_dirty(start, end - start, page_size, place)
+                continue
             pages = -(-(end - start) // page_size)
             head = uapi.FEATURE_LOGGING_REPORT.pack(start, end - start, page_size)
             flags = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT

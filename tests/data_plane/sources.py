@@ -8,8 +8,9 @@ from tests.host.fake_function import fail
 from vfu_server.host import ioctl
 from vfu_server.session import SessionOptions
 
-SOURCES = ("device", "iommu", "all")
-EXACT = ("device", "iommu")
+SOURCES = ("device", "iommu", "copied", "all")
+"""`copied`: the device's own log behind a door that gives its bits in a reply, as a socket does."""
+EXACT = ("device", "iommu", "copied")
 """Those that know which page it was."""
 
 
@@ -49,7 +50,7 @@ def sourced(folder, kind, **more):
     found = {}
 
     def prepare(kernel):
-        if kind == "device":
+        if kind in ("device", "copied"):
             found["log"] = DeviceLog(next(iter(kernel.functions.values())))
         elif kind == "iommu":
             kernel.hw_capabilities = ioctl.HW_CAP_DIRTY_TRACKING
@@ -66,6 +67,8 @@ def sourced(folder, kind, **more):
     options = SessionOptions(dirty_tracking="all" if kind == "all" else "auto")
     way = "group" if kind == "all" else "cdev"
     with rig(folder, way, prepare=prepare, options=options, **more) as made:
+        if kind == "copied":
+            made.session._dirty._door = None
         found["source"] = Source(kind, made, found.get("log"))
         yield made, found["source"]
 

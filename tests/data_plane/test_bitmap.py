@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,3 +118,30 @@ def test_a_tebibyte_costs_no_step_for_each_page():
     assert many.bits.count(0x55) == 65535 // 4
     one.merge(many)
     assert time.process_time() - began < 2
+
+
+@given(bitmaps(), st.integers(0, 220), st.integers(1, 220), st.sampled_from([1, 2]))
+def test_a_part_in_place_is_that_part_and_nothing_else(bitmap, first, pages, factor):
+    """What is set there is set in the whole; a part that does not begin with a word has no place."""
+    iova, end = bitmap.iova + first * bitmap.page_size, bitmap.iova + (first + pages) * bitmap.page_size
+    place = bitmap.from_page(iova, end, factor * bitmap.page_size)
+    fits = factor == 1 and first % 64 == 0 and first + pages <= bitmap.pages
+    assert (place is not None) == fits
+    if place is not None:
+        before = pages_of(bitmap)
+        part = PageBitmap.within(place, iova, end - iova, bitmap.page_size)
+        part.fill(iova, bitmap.page_size)
+        assert pages_of(bitmap) == before | {first}
+
+
+@given(bitmaps())
+def test_memory_of_somebody_elses(bitmap):
+    """It is taken as it is, and wiped to its last bit; too little is refused."""
+    memory = bytearray(bitmap.bits) + b"\xff"
+    within = PageBitmap.within(memory, bitmap.iova, bitmap.length, bitmap.page_size)
+    assert pages_of(within) == pages_of(bitmap)
+    memory[:] = b"\xff" * len(memory)
+    within.wipe()
+    assert memory == bytes(len(bitmap.bits)) + b"\xff"
+    with pytest.raises(ValueError, match="are no bitmap"):
+        PageBitmap.within(memory[: len(bitmap.bits) - 1], bitmap.iova, bitmap.length, bitmap.page_size)

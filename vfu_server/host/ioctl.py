@@ -398,9 +398,11 @@ def hwpt_set_dirty_tracking(ioctl: Ioctl, iommufd: int, page_table: int, *, on: 
 
 
 def hwpt_get_dirty_bitmap(
-    ioctl: Ioctl, iommufd: int, page_table: int, iova: int, length: int, page_size: int, bitmap: bytearray
+    ioctl: Ioctl, iommufd: int, page_table: int, iova: int, length: int, page_size: int, bitmap: bytearray | memoryview
 ) -> None:
-    """IOMMU_HWPT_GET_DIRTY_BITMAP: sets the bits of what was written since the last call. All of it must be mapped."""
+    """IOMMU_HWPT_GET_DIRTY_BITMAP: sets the bits of what was written since the last call, and clears none. All of it
+    must be mapped.
+    """
     at = address_of(bitmap)
     buffer = _filled(HWPT_GET_DIRTY_BITMAP, page_table, 0, 0, iova, length, page_size, at)
     ioctl(iommufd, IOMMU_HWPT_GET_DIRTY_BITMAP, buffer)

@@ -26,7 +26,7 @@ from vfu_server.host.checks import Status, Way
 from vfu_server.host.group import GroupAttachment
 from vfu_server.host.ioctl import Kernel
 from vfu_server.host.kernel_dirty import LOGGING, IommuLog
-from vfu_server.host.kernel_feature import device_feature
+from vfu_server.host.kernel_feature import device_feature, merge_dirty
 from vfu_server.host.kernel_info import KernelInfo, read_info
 from vfu_server.host.kernel_irqs import KernelIrqs
 from vfu_server.host.kernel_migration import KernelMigration
@@ -335,6 +335,15 @@ class KernelHost:
             return await self._in_thread(lambda: of_iommu.feature(flags, data, reply_size))
         device = self._attachment.device_fd
         return await self._in_thread(lambda: device_feature(self._kernel.ioctl, device, flags, data, reply_size))
+
+    async def merge_dirty(self, iova: int, length: int, page_size: int, bits: memoryview) -> None:
+        """See DirtyDoor."""
+        if self._iommu_log is not None:
+            of_iommu = self._iommu_log
+            await self._in_thread(lambda: of_iommu.merge(iova, length, page_size, bits))
+            return
+        device = self._attachment.device_fd
+        await self._in_thread(lambda: merge_dirty(self._kernel.ioctl, device, iova, length, page_size, bits))
 
     def statistics(self) -> HostStatistics:
         """See HostDevice."""

@@ -81,10 +81,15 @@ class IommuLog:
         if room < -(-length // (page_size * BITS)):
             raise _refused(errno.EINVAL)
         answer = PageBitmap.of(iova, length, page_size)
+        self.merge(iova, length, page_size, memoryview(answer.bits))
+        return b"".join((data[: head.size], memoryview(answer.bits)[:room], bytes(max(0, room - len(answer.bits)))))
+
+    def merge(self, iova: int, length: int, page_size: int, bits: memoryview) -> None:
+        """See DirtyDoor.merge_dirty. OSError."""
+        answer = PageBitmap.within(bits, iova, length, page_size)
         for dma_map in self._maps(iova, length):
             if dma_map.fd >= 0 and dma_map.prot & uapi.DMA_FLAG_WRITE:
                 self._collect(answer, iova + length, dma_map)
-        return b"".join((data[: head.size], memoryview(answer.bits)[:room], bytes(max(0, room - len(answer.bits)))))
 
     def _collect(self, answer: PageBitmap, end: int, dma_map: DmaMap) -> None:
         """Set what was written of one map, up to `end`: the answer's last page may reach further.
@@ -96,11 +101,16 @@ class IommuLog:
         page_size = answer.page_size if not (first | last | answer.iova) % answer.page_size else uapi.PAGE_SIZE
         step = page_size * BITS * STEP
         for start in range(first, last, step):
-            piece = PageBitmap.of(start, min(step, last - start), page_size)
-            kernel_calls.hwpt_get_dirty_bitmap(
-                self._ioctl, self._iommufd, self._page_table, piece.iova, piece.length, page_size, piece.bits
-            )
-            answer.merge(piece)
+            length = min(step, last - start)
+            if (place := answer.from_page(start, start + length, page_size)) is not None:
+                self._ask(start, length, page_size, place)  # the kernel sets bits and clears none
+            else:
+                piece = PageBitmap.of(start, length, page_size)
+                self._ask(start, piece.length, page_size, piece.bits)
+                answer.merge(piece)
+
+    def _ask(self, iova: int, length: int, page_size: int, bits: bytearray | memoryview) -> None:
+        kernel_calls.hwpt_get_dirty_bitmap(self._ioctl, self._iommufd, self._page_table, iova, length, page_size, bits)
 
 
 def _refused(number: int) -> OSError:

@@ -67,5 +67,13 @@ def _logging_report(ioctl: Ioctl, device_fd: int, flags: int, data: bytes, reply
     return bytes(data[: head.size]) + bytes(bitmap[:room].ljust(room, b"\0"))
 
 
+def merge_dirty(ioctl: Ioctl, device_fd: int, iova: int, length: int, page_size: int, bits: memoryview) -> None:
+    """See DirtyDoor.merge_dirty: the driver sets bits in the caller's bitmap and clears none. OSError."""
+    if len(bits) < -(-length // (page_size * 8 * WORD)) * WORD:
+        raise _invalid()
+    report = LOGGING_REPORT.pack(iova, length, page_size, address_of(bits))
+    kernel_calls.device_feature(ioctl, device_fd, uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT, report)
+
+
 def _invalid() -> OSError:
     return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
