@@ -1,0 +1,1 @@
+"""HiSilicon SEC2, HPRE and ZIP accelerators."""
