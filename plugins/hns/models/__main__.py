@@ -11,7 +11,7 @@ from plugins.hns.models.accelerator import functions
 from plugins.hns.models.generation import Order
 from plugins.hns.registers import KINDS
 from vfu_server.errors import UsageError
-from vfu_server.model_server import main
+from vfu_server.model_server import main_functions
 
 _number = functools.partial(int, base=0)
 
@@ -35,8 +35,7 @@ def run(argv: list[str]) -> int:
     except UsageError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    served = functions(order)
-    return main(lambda: served["vf0"], rest)
+    return main_functions(functions(order), rest)
 
 
 def _parser() -> argparse.ArgumentParser:

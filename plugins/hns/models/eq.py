@@ -26,6 +26,8 @@ class EventRing:
         self.words: list[int] = []
         self.masked = True
         self.unanswered = False
+        self.overflowed = False
+        """An entry found no room, and this was told; until the next doorbell."""
         self.written = 0
         self.lost = 0
         self.reset()
@@ -35,6 +37,7 @@ class EventRing:
         self.words = [0] * CONTEXT_WORDS
         self.masked = True
         self.unanswered = False
+        self.overflowed = False
 
     @property
     def head(self) -> int:
@@ -87,7 +90,7 @@ class EventRing:
         if not self.base or index >= self.depth:
             return False
         self.words[HEAD_TAIL] = self.words[HEAD_TAIL] & ~0xFFFF | index
-        self.unanswered = False
+        self.unanswered = self.overflowed = False
         if self.source:
             self._signal()
         return True

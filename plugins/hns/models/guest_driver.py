@@ -199,6 +199,7 @@ class GuestDriver:
     def start_queue(self, queue: int, algorithm: int = 0) -> None:
         """Contexts of one queue, both at their start."""
         at = self.layout
+        self.port.store_memory(at.cq(queue), bytes(at.depth * _CQE))
         shape = at.depth - 1 | (at.entry_size.bit_length() - 1) << 12
         sqc = struct.pack("<HHQIHHHHHHI", 0, 0, at.sq(queue), shape, 0, 0, 0, 0, queue, 1 << 4 | algorithm << 8, 0)
         cqc = struct.pack("<HHQIHHHHII", 0, 0, at.cq(queue), at.depth - 1 | 4 << 12, 0, 0, 0, 0, 3, 0)

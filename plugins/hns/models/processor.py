@@ -68,7 +68,9 @@ class Processor:
         if cqc is None or not queue.event_due or not self._events.base:
             return
         if self._events.full:
-            self._post_error(queue, EQ_OVERFLOW)
+            if not self._events.overflowed:
+                self._events.overflowed = True
+                self._post_error(queue, EQ_OVERFLOW)
             return
         cqc.event_wanted = False
         queue.dirty = True
