@@ -42,8 +42,8 @@ class Order:
             raise UsageError(f"there can be 1 to {MOST_VFS} VFs, not {self.vfs}")
         if self.queues < 1 or self.pf_queues < 1 or self.pf_queues + self.vfs * self.queues > MOST_QUEUES:
             raise UsageError(f"the device has {MOST_QUEUES} queues for its PF and VFs, each with one at least")
-        if not 0 <= self.entry_seconds <= 10:
-            raise UsageError("an entry takes 0 to 10 seconds")
+        if not 0 <= self.entry_seconds <= 10_000:
+            raise UsageError("an entry takes 0 to 10000 seconds")
 
     @property
     def version(self) -> int:
