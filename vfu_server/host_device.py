@@ -210,6 +210,15 @@ class HostDevice(Protocol):
         """Write `data`; the door may split it into accesses."""
         ...
 
+    def write_wide(self, region: int, offset: int, data: bytes) -> None:
+        """Write 16 bytes, aligned, in one access: for mailboxes that take a command only so. HostError ENOTSUP where
+        the machine cannot, EINVAL where the region may not be mapped.
+
+        A door behind which 8 bytes are the widest access makes two of them, the low half first, as emulators do. Not
+        for a function whose guest may switch its memory space off at the same time.
+        """
+        ...
+
     def identity(self) -> Identity:
         """Ids from config space."""
         ...

@@ -130,6 +130,42 @@ def test_offsets_that_cannot_be_are_refused(door):
         door.set_region(9, 0, 1)
 
 
+def test_sixteen_bytes_go_through_a_mapping_and_not_through_a_call(door, device):
+    os.ftruncate(device.fd, (2 << 40) + 0x10000)
+    door.write_wide(2, 0x300, bytes(range(16)))
+    door.write_wide(0, 0x2FF0, bytes(range(16, 32)))  # another page
+    door.write_wide(0, 0x2000, bytes(range(32, 48)))
+    assert os.pread(device.fd, 16, (2 << 40) + 0x300) == bytes(range(16))
+    assert os.pread(device.fd, 16, 0x2FF0) == bytes(range(16, 32))
+    assert os.pread(device.fd, 16, 0x2000) == bytes(range(32, 48))
+    assert device.log == []
+    assert door.numbers().requests == 3
+
+
+@pytest.mark.parametrize(("region", "offset"), [(2, 0x308), (2, 0x1000), (2, 0xFF8), (9, 0), (0, (1 << 64) - 16)])
+def test_sixteen_bytes_that_are_not_aligned_or_lie_outside_are_refused(door, region, offset):
+    with pytest.raises(OSError, match="Invalid"):
+        door.write_wide(region, offset, bytes(16))
+
+
+def test_sixteen_bytes_are_not_more_nor_less(door):
+    with pytest.raises(ValueError, match="15 bytes"):
+        door.write_wide(0, 0, bytes(15))
+
+
+def test_a_region_that_cannot_be_mapped_takes_no_sixteen_bytes():
+    reading, writing = os.pipe()  # a file that mmap refuses
+    door = KernelDoor(reading, -1)
+    door.set_region(0, 0, 0x1000)
+    try:
+        with pytest.raises(OSError, match=r"No such device|Permission"):
+            door.write_wide(0, 0, bytes(16))
+    finally:
+        door.close()
+        os.close(reading)
+        os.close(writing)
+
+
 def test_the_real_calls(device):
     """Without a test in between: pread, pwrite and ioctl of this kernel."""
     door = KernelDoor(device.fd, device.fd)

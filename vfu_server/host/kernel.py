@@ -230,6 +230,14 @@ class KernelHost:
         """See HostDevice."""
         self._call(lambda: self._door.write(region, offset, data))
 
+    def write_wide(self, region: int, offset: int, data: bytes) -> None:
+        """See HostDevice. Through a mapping of the BAR's page; a virtual function's memory space is always on."""
+        if not self.function.physical_function and not (
+            self.read(RegionIndex.CONFIG, uapi.PCI_COMMAND, 2) & uapi.PCI_COMMAND_MEMORY
+        ):
+            raise HostError(f"{self.name}: a write of 16 bytes while its memory space is off", errno.EIO)
+        self._call(lambda: self._door.write_wide(region, offset, data))
+
     def identity(self) -> Identity:
         """See HostDevice. VFIO tells no firmware version."""
         header = self.read_block(RegionIndex.CONFIG, 0, 64)

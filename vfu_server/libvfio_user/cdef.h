@@ -26,6 +26,7 @@ struct vs_map {
 struct vs_door;
 void vs_door_close(struct vs_door *door);
 int vs_door_access(struct vs_door *door, unsigned region, uint64_t offset, void *buf, size_t count, bool write);
+int vs_door_wide(struct vs_door *door, unsigned region, uint64_t offset, const uint8_t data[16]);
 int vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset);
 int vs_door_dma_unmap(struct vs_door *door, uint64_t iova, uint64_t size, uint64_t *unmapped);
 int vs_door_dma_unmap_all(struct vs_door *door);

@@ -19,6 +19,10 @@ MAX_DMA_MAPS = 65535
 """What vfio-user clients may assume (max_dma_maps), and the kernel's default limit for a type1 container."""
 
 
+WIDE = 16
+"""Bytes of a wide write."""
+
+
 @dataclass(frozen=True, slots=True)
 class DoorNumbers:
     """Counters of a door."""
@@ -102,6 +106,12 @@ class NativeDoor:
         """Write to a region, in one access as far as the door can."""
         buffer = ffi.new("uint8_t[]", data)
         check(lib.vs_door_access(self.pointer, region, offset, buffer, len(data), True))
+
+    def write_wide(self, region: int, offset: int, data: bytes) -> None:
+        """Write 16 bytes, aligned, in one access. OSError ENOTSUP: this door or this processor cannot."""
+        if len(data) != WIDE:
+            raise ValueError(f"{len(data)} bytes are no wide write")
+        check(lib.vs_door_wide(self.pointer, region, offset, data))
 
     def numbers(self) -> DoorNumbers:
         """Counters since it was opened."""

@@ -41,6 +41,25 @@ vs_door_access(struct vs_door *door, unsigned region, uint64_t offset, void *buf
     return ret;
 }
 
+int
+vs_door_wide(struct vs_door *door, unsigned region, uint64_t offset, const uint8_t data[16])
+{
+    int ret;
+
+    if (offset % 16 != 0) {
+        return -EINVAL;
+    }
+    if (atomic_load_explicit(&door->gone, memory_order_relaxed)) {
+        return -ENODEV;
+    }
+    atomic_fetch_add_explicit(&door->requests, 1, memory_order_relaxed);
+    ret = door->ops->wide != NULL ? door->ops->wide(door, region, offset, data) : -ENOTSUP;
+    if (ret < 0) {
+        atomic_fetch_add_explicit(&door->errors, 1, memory_order_relaxed);
+    }
+    return ret;
+}
+
 /* Index of the first map that ends behind `iova`. */
 static size_t
 first_behind(const struct vs_door *door, uint64_t iova)

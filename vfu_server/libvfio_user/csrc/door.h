@@ -29,6 +29,7 @@ struct vs_door;
 
 struct vs_door_ops {
     int (*access)(struct vs_door *door, unsigned region, uint64_t offset, void *buf, size_t count, bool write);
+    int (*wide)(struct vs_door *door, unsigned region, uint64_t offset, const uint8_t data[16]);    /* NULL: cannot */
     int (*map)(struct vs_door *door, struct vs_map *map);
     int (*unmap)(struct vs_door *door, struct vs_map *map);
     void (*close)(struct vs_door *door);
@@ -51,6 +52,8 @@ int vs_door_init(struct vs_door *door, const struct vs_door_ops *ops, size_t max
 void vs_door_close(struct vs_door *door);
 
 int vs_door_access(struct vs_door *door, unsigned region, uint64_t offset, void *buf, size_t count, bool write);
+/* Writes an aligned 16 bytes in one access. -ENOTSUP: this door or this processor cannot. */
+int vs_door_wide(struct vs_door *door, unsigned region, uint64_t offset, const uint8_t data[16]);
 
 /* Takes `fd` over when it returns 0; the caller keeps it otherwise. */
 int vs_door_dma_map(struct vs_door *door, uint64_t iova, uint64_t size, uint32_t prot, int fd, uint64_t fd_offset);

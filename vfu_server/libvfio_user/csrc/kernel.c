@@ -4,10 +4,12 @@
  * the second one.
  *
  * A client may cut its file short after the map. The pages stay pinned and the
- * device goes on; this process never loads or stores through a mapping, so
- * nothing here can raise SIGBUS.
+ * device goes on; this process never loads or stores through a mapping of its
+ * memory. Through one of a BAR it stores in wide writes alone: the caller sees
+ * to it that memory space is on.
  */
 #include "kernel.h"
+#include "wide.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -62,6 +64,9 @@ struct vs_kernel {
     uint32_t ioas_id;
     bool no_map_file;           /* this kernel has no IOMMU_IOAS_MAP_FILE; guarded by the door's dma_lock */
     struct { uint64_t offset, size; } regions[NUM_REGIONS];
+    pthread_mutex_t wide_lock;
+    char *wide_page;            /* the page of the last wide write, or NULL */
+    uint64_t wide_at;           /* where it lies in the device fd */
 };
 
 int
@@ -127,6 +132,50 @@ kernel_access(struct vs_door *door, unsigned region, uint64_t offset, void *buf,
         count -= (size_t)n;
     }
     return 0;
+}
+
+/* --- 16 bytes --- */
+
+/* The kernel's write is 8 bytes at most, so the store goes through a mapping: the last one is kept. */
+static int
+wide_page(struct vs_kernel *kernel, uint64_t at, uint64_t size)
+{
+    void *page;
+
+    if (kernel->wide_page != NULL && kernel->wide_at == at) {
+        return 0;
+    }
+    page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, kernel->device_fd, (off_t)at);
+    if (page == MAP_FAILED) {
+        return -errno;
+    }
+    madvise(page, size, MADV_DONTDUMP);
+    if (kernel->wide_page != NULL) {
+        munmap(kernel->wide_page, size);
+    }
+    kernel->wide_page = page;
+    kernel->wide_at = at;
+    return 0;
+}
+
+static int
+kernel_wide(struct vs_door *door, unsigned region, uint64_t offset, const uint8_t data[16])
+{
+    struct vs_kernel *kernel = (struct vs_kernel *)door;
+    uint64_t size = (uint64_t)sysconf(_SC_PAGESIZE), within = offset % size;
+    int ret;
+
+    if (region >= NUM_REGIONS || offset > kernel->regions[region].size ||
+        VS_WIDE > kernel->regions[region].size - offset) {
+        return -EINVAL;
+    }
+    pthread_mutex_lock(&kernel->wide_lock);
+    ret = wide_page(kernel, kernel->regions[region].offset + offset - within, size);
+    if (ret == 0) {
+        ret = vs_store_wide(kernel->wide_page + within, data);
+    }
+    pthread_mutex_unlock(&kernel->wide_lock);
+    return ret;
 }
 
 /* --- guest memory --- */
@@ -254,11 +303,18 @@ kernel_unmap(struct vs_door *door, struct vs_map *map)
 static void
 kernel_close(struct vs_door *door)
 {
+    struct vs_kernel *kernel = (struct vs_kernel *)door;
+
+    if (kernel->wide_page != NULL) {
+        munmap(kernel->wide_page, (size_t)sysconf(_SC_PAGESIZE));
+    }
+    pthread_mutex_destroy(&kernel->wide_lock);
     free(door);
 }
 
 static const struct vs_door_ops kernel_ops = {
     .access = kernel_access,
+    .wide = kernel_wide,
     .map = kernel_map,
     .unmap = kernel_unmap,
     .close = kernel_close,
@@ -269,7 +325,7 @@ vs_kernel_open(int device_fd, int iommu_fd, uint32_t ioas_id, size_t max_maps, c
 {
     struct vs_kernel *kernel = calloc(1, sizeof(*kernel));
 
-    if (kernel == NULL || vs_door_init(&kernel->door, &kernel_ops, max_maps) < 0) {
+    if (kernel == NULL || pthread_mutex_init(&kernel->wide_lock, NULL) != 0 || vs_door_init(&kernel->door, &kernel_ops, max_maps) < 0) {
         free(kernel);
         return NULL;
     }
