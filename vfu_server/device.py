@@ -142,6 +142,15 @@ class Device(ABC):
         """Which access is answered how, in which state."""
 
     @property
+    def region_sizes(self) -> Mapping[int, int]:
+        """Regions of which a client sees less than the door has: index and bytes, from the region's start.
+
+        What lies behind is the plugin's alone: to a client it does not exist, whatever the policy says. A BAR's size is
+        a power of two.
+        """
+        return {}
+
+    @property
     def capabilities(self) -> Capabilities:
         """STOP_COPY only, unless overridden."""
         return Capabilities()
@@ -159,6 +168,15 @@ class Device(ABC):
         raise PluginError(
             f"{type(self).__name__} declares TRAP for writes of region {region} at {offset:#x} but has no trap_write"
         )
+
+    def trap_read_block(self, region: int, offset: int, length: int) -> bytes:
+        """A trapped read of another length, where a rule allows WIDTH_ANY: byte by byte, unless overridden."""
+        return b"".join(self.trap_read(region, offset + i, 1).to_bytes(1, "little") for i in range(length))
+
+    def trap_write_block(self, region: int, offset: int, data: bytes) -> None:
+        """A trapped write of another length, as `trap_read_block`."""
+        for i, byte in enumerate(data):
+            self.trap_write(region, offset + i, 1, byte)
 
     def shadow_write(self, region: int, offset: int, width: int, value: int) -> None:
         """Apply a write that was kept while the policy answered SHADOW; called in order, after `start`, in the

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from vfu_server.errors import UsageError
+from vfu_server.errors import PluginError, UsageError
 from vfu_server.host_device import MmapArea, RegionInfo
 from vfu_server.policy import WIDTH_ANY, Answer, Answers, Policy, Rule, StateClass
 from vfu_server.uapi import PAGE_SIZE, REGION_INFO_FLAG_MMAP, RegionIndex
@@ -72,6 +72,23 @@ def may_map(rule: Rule, policy: Policy, mode: MmapMode) -> bool:
         return False
     classes = (StateClass.RUNNING,) if mode is MmapMode.ALL else _HARMLESS_AT_REST
     return all(answers[each] == Answer.MMAP for each in classes for answers in (rule.read, rule.write))
+
+
+def shown_regions(regions: Sequence[RegionInfo], sizes: Mapping[int, int]) -> tuple[RegionInfo, ...]:
+    """`regions` as a client is to see them: those of `sizes` so much shorter, with their areas cut. PluginError."""
+    for index, size in sizes.items():
+        if not 0 <= index < len(regions) or index == RegionIndex.CONFIG or not 0 < size <= regions[index].size:
+            raise PluginError(f"region {index} cannot be shown with {size:#x} bytes")
+        if size & (size - 1):
+            raise PluginError(f"region {index} cannot be shown with {size:#x} bytes: that is no power of two")
+    return tuple(_shorter(r, sizes[r.index]) if r.index in sizes else r for r in regions)
+
+
+def _shorter(region: RegionInfo, size: int) -> RegionInfo:
+    areas = tuple(MmapArea(a.offset, min(a.size, size - a.offset)) for a in region.areas if a.offset < size)
+    if region.areas and not areas:  # none are left: no areas at all would mean that all may be mapped
+        return replace(region, size=size, flags=region.flags & ~REGION_INFO_FLAG_MMAP, areas=())
+    return replace(region, size=size, areas=areas)
 
 
 def mmap_areas(policy: Policy, regions: Iterable[RegionInfo], mode: MmapMode) -> dict[int, tuple[MmapArea, ...]]:

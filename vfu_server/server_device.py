@@ -18,7 +18,7 @@ from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.metrics import DeviceReport, log_report
 from vfu_server.plugins import Plugins, Taken, exactly_one
-from vfu_server.region import MmapMode, mmap_areas
+from vfu_server.region import MmapMode, mmap_areas, shown_regions
 from vfu_server.server_companions import CompanionDoors, DeviceCompanions
 from vfu_server.server_doors import open_host
 from vfu_server.server_stage import CLOSE_DEADLINE, Stage, one_cause
@@ -210,7 +210,8 @@ class ServedDevice:
 
     def _trace_header(self, host: HostDevice, taken: Taken) -> TraceHeader:
         identity, (wall, monotonic) = host.identity(), clocks()
-        mapped = mmap_areas(taken.device.policy, host.regions, MmapMode.parse(self.config.mmap))
+        regions = shown_regions(host.regions, taken.device.region_sizes)
+        mapped = mmap_areas(taken.device.policy, regions, MmapMode.parse(self.config.mmap))
         areas = [(region, area.offset, area.size) for region, found in mapped.items() for area in found]
         if areas:
             logger.warning("--trace-regions: clients may map areas, whose accesses nobody sees: use --mmap never")

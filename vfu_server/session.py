@@ -18,7 +18,7 @@ from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice, MmapArea, RegionInfo
 from vfu_server.libvfio_user.context import Connected, Context, Disconnected, Fault, Message, Notice
 from vfu_server.libvfio_user.trace import Trace
-from vfu_server.region import Areas, MmapMode, compile_rules, mmap_areas
+from vfu_server.region import Areas, MmapMode, compile_rules, mmap_areas, shown_regions
 from vfu_server.session_config import flr_bits
 from vfu_server.session_counts import Mistakes, SessionStatistics
 from vfu_server.session_dirty import DirtyLog
@@ -88,10 +88,11 @@ class Session:
         self._refused = ""
         """Why no further client is served, if the device could not be brought back."""
         mode = MmapMode.parse(options.mmap)
-        self.mapped = mmap_areas(device.policy, host.regions, mode)
+        regions = shown_regions(host.regions, device.region_sizes)
+        self.mapped = mmap_areas(device.policy, regions, mode)
         """The areas that clients may map, by region."""
         revocation = Revocation(host, wanted=options.revoke, mapped=bool(self.mapped))
-        self._context = _context(name, host, device, mode, self.mapped, trace)
+        self._context = _context(name, host, device, regions, mode, self.mapped, trace)
         ring = self._context.ring
         self._save = Save(host, device, ring, plugin_name, plugin_version, revocation)
         self._load = Load(host, device, ring, plugin_name)
@@ -336,19 +337,27 @@ class Session:
         return await trio.to_thread.run_sync(self._context.request, command, payload, RELAY_TIMEOUT)
 
 
-def _context(name: str, host: HostDevice, device: Device, mode: MmapMode, areas: Areas, trace: Trace | None) -> Context:
+def _context(
+    name: str,
+    host: HostDevice,
+    device: Device,
+    shown: Sequence[RegionInfo],
+    mode: MmapMode,
+    areas: Areas,
+    trace: Trace | None,
+) -> Context:
     policy = device.policy
-    sizes = {region.index: region.size for region in host.regions if region.size}
+    sizes = {region.index: region.size for region in shown if region.size}
     can = device.capabilities
     resets = host.can_reset or can.resets
     return Context(
         name=name,
-        regions=[_presented(region, areas.get(region.index, ())) for region in host.regions],
+        regions=[_presented(region, areas.get(region.index, ())) for region in shown],
         irqs=host.irqs,
         flags=uapi.DEVICE_FLAGS_PCI | (uapi.DEVICE_FLAGS_RESET if resets else 0),
         rules=compile_rules(policy, mode, sizes, areas),
         door=host.native,
-        traps=_Traps(device),
+        traps=device,
         flr=flr_bits(host.read_block(RegionIndex.CONFIG, 0, min(uapi.PCI_CFG_SPACE_SIZE, sizes[RegionIndex.CONFIG]))),
         trace=trace,
     )
@@ -364,19 +373,3 @@ def _presented(region: RegionInfo, areas: Sequence[MmapArea]) -> RegionInfo:
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-class _Traps:
-    """A plugin's trap methods, and what a plugin need not say: blocks go to the hardware, which splits them itself."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.trap_read = device.trap_read
-        self.trap_write = device.trap_write
-
-    def trap_read_block(self, region: int, offset: int, length: int) -> bytes:
-        return b"".join(self._device.trap_read(region, offset + i, 1).to_bytes(1, "little") for i in range(length))
-
-    def trap_write_block(self, region: int, offset: int, data: bytes) -> None:
-        for i, byte in enumerate(data):
-            self._device.trap_write(region, offset + i, 1, byte)

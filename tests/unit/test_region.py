@@ -22,6 +22,7 @@ from vfu_server.region import (
     policy_markdown,
     policy_rows,
     policy_table,
+    shown_regions,
 )
 from vfu_server.uapi import REGION_INFO_FLAG_MMAP
 
@@ -36,6 +37,31 @@ def rule(start, length, read, write=None, region=0, name="", **kwargs):
 
 def bar(*areas, index=0, size=8 * PAGE, flags=REGION_INFO_FLAG_MMAP, fd=5):
     return RegionInfo(index, size, flags, tuple(MmapArea(*area) for area in areas), fd)
+
+
+# --- regions that are shown shorter
+
+
+def test_a_region_is_shown_shorter_with_its_areas_cut():
+    regions = [RegionInfo(0, 0x1000), bar((0, PAGE), (2 * PAGE, 4 * PAGE), (7 * PAGE, PAGE), index=1)]
+    shown = shown_regions(regions, {1: 4 * PAGE})
+    assert shown[0] is regions[0]
+    assert (shown[1].size, shown[1].areas) == (4 * PAGE, (MmapArea(0, PAGE), MmapArea(2 * PAGE, 2 * PAGE)))
+    (hidden,) = shown_regions([bar((4 * PAGE, PAGE))], {0: 4 * PAGE})
+    assert not hidden.flags & REGION_INFO_FLAG_MMAP  # no areas would mean that all of it may be mapped
+    assert hidden.areas == ()
+    (whole,) = shown_regions([bar()], {0: 4 * PAGE})
+    rule_of_it = rule(0, 4 * PAGE, MMAP)
+    assert mmap_areas(Policy([rule_of_it]), [whole], MmapMode.ALL) == {0: (MmapArea(0, 4 * PAGE),)}
+
+
+@pytest.mark.parametrize(
+    ("index", "size"), [(0, 0), (0, -1), (0, 16 * PAGE), (0, 3 * PAGE), (1, PAGE), (-1, PAGE), (9, PAGE), (7, 0x1000)]
+)
+def test_a_region_is_not_shown_longer_or_odd(index, size):
+    regions = [bar(), *(RegionInfo(i, 0x1000 if i == 7 else 0) for i in range(1, 9))]
+    with pytest.raises(PluginError, match="cannot be shown"):
+        shown_regions(regions, {index: size})
 
 
 # --- the table
