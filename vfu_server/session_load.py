@@ -47,7 +47,7 @@ class Load:
             raise MigrationError("no client is there to load from")
         await self._device.load_begin()
         self._intake = self._error = None
-        self._ring.open_load()
+        self._ring.open_load(judged=True)
         self._scope, self._ended = trio.CancelScope(), trio.Event()
         self._nursery.start_soon(self._run, self._scope, self._ended)
 
@@ -120,9 +120,9 @@ class Load:
         while (data := await self._ring.look(SLICE)) is not None:
             with data:
                 size, items = len(data), intake.push(data)
-            self._ring.consume(size)
             for item in items:
                 await intake.take(item)
+            self._ring.consume(size)  # now, since it is what a small write waits for to be answered
             if trio.current_time() - turn > TURN:
                 await trio.lowlevel.checkpoint()
                 turn = trio.current_time()

@@ -473,7 +473,8 @@ def test_state_of_another_driver_is_refused_by_the_header(tmp_path, caplog):
         client.set_mig_state(RES)
         seen = refusal(load, client, [stream]) or refusal(client.set_mig_state, R)
         assert seen == errno.EINVAL
-        assert "'fake_vfio_pci', this device has 'other_vfio_pci'" in caplog.text
+        cause = "'fake_vfio_pci', this device has 'other_vfio_pci'"
+        eventually(lambda: cause in caplog.text, cause, 30.0)  # the write that it refuses is answered first
         assert destination.driver.file.queue == b""
         client.close()
 

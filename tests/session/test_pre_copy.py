@@ -12,7 +12,7 @@ from vfu_server import uapi
 from vfu_server.device import PrecopyInfo
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.stream import StreamEnd, StreamHeader, StreamReader, StreamSection
-from vfu_server.testing import Progress, ReplyError, load, migrate, save, save_early
+from vfu_server.testing import Progress, ReplyError, migrate, save, save_early
 from vfu_server.uapi import Feature, MigState
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -276,9 +276,8 @@ def test_the_header_alone_is_enough_to_refuse():
     ):
         source.set_mig_state(P)
         destination.set_mig_state(RES)
-        destination.mig_data_write(source.mig_data_read(200))
-        with pytest.raises(ReplyError) as caught:
-            load(destination, itertools.repeat(b"", 10_000))
+        with pytest.raises(ReplyError) as caught:  # at that write: for a while there may be no other
+            destination.mig_data_write(source.mig_data_read(200))
         assert caught.value.errno == errno.EINVAL
 
 

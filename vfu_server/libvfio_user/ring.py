@@ -28,9 +28,11 @@ class Ring:
         """Begin a save: what `send` gives, the client reads. In pre-copy an empty ring is answered at once (ENOMSG)."""
         self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_SAVE, pre_copy))
 
-    def open_load(self) -> None:
-        """Begin a load: what the client writes, `receive` gives."""
-        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_LOAD, False))
+    def open_load(self, *, judged: bool = False) -> None:
+        """Begin a load: what the client writes, `receive` gives. `judged`: a small write is answered when it was taken
+        (`consume`), or with the errno of `fail`; else as soon as it is inside.
+        """
+        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_LOAD, judged))
 
     def close(self) -> None:
         """End the session; what is still inside is dropped, and the buffer given back."""

@@ -150,6 +150,7 @@ struct vs_device {
     bool busy;                  /* Python has one */
     atomic_bool data_wanted;    /* `data_wait` is set, for Python to see */
     struct vs_event *data_wait; /* a MIG_DATA message that waits for the ring */
+    bool data_put;              /* the data of the MIG_DATA_WRITE at hand is in the ring already */
     bool negotiated;
     bool protocol_error;
     uint64_t half_since;        /* ms, 0: no half message */

@@ -45,7 +45,7 @@ vs_ring_fini(struct vs_ring *ring)
 }
 
 int
-vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait)
+vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool option)
 {
     int ret = 0;
 
@@ -61,7 +61,8 @@ vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait)
     ring->mode = ret == 0 ? mode : VS_RING_CLOSED;
     ring->eof = false;
     ring->error = 0;
-    ring->nowait = nowait;
+    ring->nowait = option && mode == VS_RING_SAVE;
+    ring->judged = option && mode == VS_RING_LOAD;
     ring->excuse = false;
     tell_python(ring);
     tell_pump(ring);
@@ -248,6 +249,24 @@ vs_ring_put(struct vs_ring *ring, const void *data, size_t len)
     } else {
         copy_in(ring, data, pieces(ring, true, iov, len), iov);
         tell_python(ring);
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return ret;
+}
+
+int
+vs_ring_taken(struct vs_ring *ring)
+{
+    int ret = 0;
+
+    pthread_mutex_lock(&ring->lock);
+    if (ring->mode != VS_RING_LOAD) {
+        ret = -EPIPE;
+    } else if (ring->error != 0) {
+        ret = -ring->error;
+    } else if (ring->judged && ring->used > 0) {
+        ret = -EAGAIN;
+        ring->pump_waits = true;
     }
     pthread_mutex_unlock(&ring->lock);
     return ret;

@@ -27,6 +27,7 @@ struct vs_ring {
     enum vs_ring_mode mode;
     bool eof;                   /* the writer has said that this was all */
     bool nowait;                /* an empty ring is answered at once: nothing for now (PRE_COPY) */
+    bool judged;                /* of a load: a small write is answered when its bytes were taken */
     bool excuse;                /* the same, for one read */
     int error;                  /* errno for everything from now on, 0: none */
     bool python_waits, pump_waits;
@@ -37,8 +38,8 @@ struct vs_ring {
 
 int vs_ring_init(struct vs_ring *ring, size_t size, int pump_fd);
 void vs_ring_fini(struct vs_ring *ring);
-/* Empties the ring and begins a new session in `mode`. */
-int vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool nowait);
+/* Empties the ring and begins a new session in `mode`. `option`: of a save `nowait`, of a load `judged`. */
+int vs_ring_open(struct vs_ring *ring, enum vs_ring_mode mode, bool option);
 void vs_ring_set_nowait(struct vs_ring *ring, bool nowait);
 /* The next read that finds the ring empty is told that there is nothing for now. */
 void vs_ring_excuse(struct vs_ring *ring);
@@ -60,5 +61,7 @@ long vs_ring_peek(struct vs_ring *ring, struct iovec iov[2], size_t len);
 void vs_ring_consume(struct vs_ring *ring, size_t len);
 /* The pump's side of a load: all or -EAGAIN. */
 int vs_ring_put(struct vs_ring *ring, const void *data, size_t len);
+/* In a load that is `judged`: whether all that was put was taken. 0, -EAGAIN (then pump_fd is signalled), or a refusal. */
+int vs_ring_taken(struct vs_ring *ring);
 
 #endif

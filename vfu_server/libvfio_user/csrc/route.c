@@ -178,6 +178,13 @@ mig_data_read(struct vs_device *device, struct vs_event *held)
     return SERVED;
 }
 
+/*
+ * A small write is answered when its data were taken: what makes a target
+ * refuse a state comes first and is small, and nothing may follow it for as
+ * long as the source runs. Large ones are answered when there was room.
+ */
+#define SMALL_WRITE (64U << 10)
+
 static enum served
 mig_data_write(struct vs_device *device, const struct vs_header *header, const uint8_t *body, size_t len)
 {
@@ -193,10 +200,15 @@ mig_data_write(struct vs_device *device, const struct vs_header *header, const u
         refuse(device, header, EINVAL, "MIG_DATA_WRITE does not carry what it says");
         return SERVED;
     }
-    ret = vs_ring_put(&device->ring, body + sizeof(data), data.size);
+    ret = device->data_put ? 0 : vs_ring_put(&device->ring, body + sizeof(data), data.size);
+    if (ret == 0 && data.size <= SMALL_WRITE) {
+        device->data_put = true;
+        ret = vs_ring_taken(&device->ring);
+    }
     if (ret == -EAGAIN) {
         return WAITS;
     }
+    device->data_put = false;
     if (ret < 0) {
         refuse(device, header, -ret, "MIG_DATA_WRITE was refused");
     } else {
@@ -318,6 +330,7 @@ vs_drop_held(struct vs_device *device)
         vs_event_free(held);
         held = NULL;
     }
+    device->data_put = false;
     device->held_end = &device->held;
     device->nr_held = device->held_bytes = 0;
     device->busy = false;
