@@ -173,6 +173,10 @@ class FailingDevice(Device):
         return self.inner.policy
 
     @property
+    def region_sizes(self) -> Mapping[int, int]:
+        return self.inner.region_sizes
+
+    @property
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities
 
@@ -183,6 +187,14 @@ class FailingDevice(Device):
     def trap_write(self, region: int, offset: int, width: int, value: int) -> None:
         self._sync("trap_write")
         self.inner.trap_write(region, offset, width, value)
+
+    def trap_read_block(self, region: int, offset: int, length: int) -> bytes:
+        self._sync("trap_read")
+        return self.inner.trap_read_block(region, offset, length)
+
+    def trap_write_block(self, region: int, offset: int, data: bytes) -> None:
+        self._sync("trap_write")
+        self.inner.trap_write_block(region, offset, data)
 
     def shadow_write(self, region: int, offset: int, width: int, value: int) -> None:
         self._sync("shadow_write")
