@@ -23,6 +23,15 @@ def vfu_server_probe(host: HostDevice, options: Mapping[str, str]) -> Device | N
 
 
 @hookimpl
+def vfu_server_companions(where: str, options: Mapping[str, str]) -> Iterable[str]:
+    """A VF under vfio-pci comes in by its PF's token only, if that is under vfio-pci, too: then the PF goes first."""
+    from plugins.hns.options import NO_PF, parse_options
+
+    pf = parse_options(options).pf
+    return () if pf in (None, NO_PF) or "/" in where else (pf,)
+
+
+@hookimpl
 def vfu_server_models() -> Mapping[str, ModelCommand]:
     """A VF of each kind, with its PF beside it."""
     module = "plugins.hns.models"

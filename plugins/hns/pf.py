@@ -15,6 +15,7 @@ from plugins.hns.window import Window
 from vfu_server.errors import HostError
 from vfu_server.host_device import HostDevice
 from vfu_server.regmap import Register
+from vfu_server.uapi import PCI_COMMAND, PCI_COMMAND_MEMORY, RegionIndex
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ async def serve_pf(host: HostDevice, task_status: trio.TaskStatus[PhysicalFuncti
     last = max(register.end for register in registers.PF_BLOCKS[kind.name])
     if host.regions[registers.QM_REGION].size < last:
         raise HostError(f"{host.name}: its BAR2 has no room for the registers of a {kind.name} PF", errno.ENODEV)
+    command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
+    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
     log.info("%s is the PF of a %s, %s", host.name, kind.name, GENERATIONS.get(who.revision, "unknown generation"))
     task_status.started(PhysicalFunction(host, kind))
     await trio.sleep_forever()

@@ -1,5 +1,7 @@
 """The real server before this plugin's model, and a guest with its driver under load. Knows no test."""
 
+import json
+import socket
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,6 +21,7 @@ class Served(Process):
 
     def __init__(self, folder: Path, *model: str, options: tuple[str, ...] = ()) -> None:
         folder.mkdir(exist_ok=True)
+        self.folder = folder
         self.model = ModelProcess(folder, *(model or ("zip",)), module=MODULE, time_scale=1.0)
         self.path = str(folder / "served.sock")
         arguments = ("--plugin", "hns", "--device-socket", self.model.path, "--socket-path", self.path)
@@ -35,6 +38,14 @@ class Served(Process):
     def fault(self, name: str, times: int = 1) -> None:
         """Order a fault of the VF."""
         assert self.model.control("fault", name=name, times=times) == {}
+
+    def pf_fault(self, name: str, times: int = 1) -> None:
+        """Order a fault of the PF."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(SECONDS)
+            control.connect(f"{self.folder / 'control.sock'}.pf")
+            control.sendall(json.dumps({"op": "fault", "name": name, "times": times}).encode() + b"\n")
+            assert json.loads(control.makefile().readline()) == {}
 
 
 @contextmanager
