@@ -7,8 +7,10 @@ tells of is never seen, so a lost one shows as a deadline. Built on the test kit
 """
 
 import argparse
+import os
 import sys
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 
@@ -59,6 +61,26 @@ class GuestPort:
         self.guest.client.serve(_POLL_SECONDS)
 
 
+class _Eventfds:
+    """Copies of a VMM's eventfds, which outlive it: an interrupt that was sent is not lost with the guest object."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.fds = [os.dup(fd) for fd in interrupts.fds]
+        weakref.finalize(self, _close, self.fds)
+
+    def count(self, vector: int) -> int:
+        """How often `vector` was signalled since it was last looked at."""
+        try:
+            return os.eventfd_read(self.fds[vector])
+        except BlockingIOError:
+            return 0
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 @dataclass(frozen=True, slots=True)
 class Count:
     """What was done: `in_flight` is what is submitted and not completed."""
@@ -96,7 +118,7 @@ class Traffic:
         layout = Layout(start, queues, _ENTRY_SIZE[kind], depth)
         self.driver = GuestDriver(GuestPort(guest, halves=halves), layout, isolation=isolation, timeout=timeout)
         self._guest = guest
-        self._interrupts = guest.enable_msi(VECTORS)
+        self._eventfds = _Eventfds(guest.enable_msi(VECTORS))
         operations = (COPY, DEFLATE, INFLATE) if kind == "zip" else (COPY,)
         self._operations = [operations[queue % len(operations)] for queue in range(queues)]
         self._jobs: list[deque[Job]] = [deque() for _ in range(queues)]
@@ -125,16 +147,16 @@ class Traffic:
 
     def handle(self, seconds: float = 0.0) -> bool:
         """Wait up to `seconds` for the event interrupt and handle it; False if none came. DeviceError: a wrong one."""
-        if not self._interrupt_carried and not self._interrupts.count(0):
-            if not self._guest.client.wait_readable(self._interrupts.fds[0], seconds):
+        if not self._interrupt_carried and not self._eventfds.count(0):
+            if not self._guest.client.wait_readable(self._eventfds.fds[0], seconds):
                 return False
-            self._interrupts.count(0)
+            self._eventfds.count(0)
         self._interrupt_carried = False
         self._told += 1
         for queue in self.driver.events():
             self._events += 1
             self._collect(queue)
-        if self._interrupts.count(1) and (errors := self.driver.errors()):
+        if self._eventfds.count(1) and (errors := self.driver.errors()):
             raise DeviceError(f"the device reports errors (queue, type): {errors}")
         return True
 
@@ -168,13 +190,12 @@ class Traffic:
         """Go on with the device of another guest, after a migration; memory has moved already.
 
         `interrupts` are what that guest's VMM armed; else MSI is switched on here. An interrupt that the old guest was
-        sent and has not handled goes along, as with a virtual machine.
+        sent and has not handled goes along, as with a virtual machine; that guest may be closed already.
         """
-        old = self._interrupts
-        self._interrupt_carried |= bool(old.fds) and bool(old.count(0))
+        self._interrupt_carried |= bool(self._eventfds.count(0))
         self._guest = guest
         self.driver.port = GuestPort(guest, halves=self._halves)
-        self._interrupts = guest.enable_msi(VECTORS) if interrupts is None else interrupts
+        self._eventfds = _Eventfds(guest.enable_msi(VECTORS) if interrupts is None else interrupts)
 
     def _buffer(self, queue: int, index: int) -> int:
         layout = self.driver.layout
