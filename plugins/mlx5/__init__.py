@@ -1,0 +1,1 @@
+"""ConnectX and BlueField virtual functions whose firmware saves and restores them (mlx5)."""
