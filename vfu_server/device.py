@@ -107,6 +107,29 @@ class ModelCommand:
     args: Sequence[str] = field(default=())
 
 
+class DeviceLog(Protocol):
+    """A log of the guest pages that the device writes, kept by the hardware itself and read by the plugin.
+
+    Asked for by one coroutine at a time, at any state of the device, also while it saves.
+    """
+
+    async def start(self, ranges: Sequence[tuple[int, int]], page_size: int) -> int:
+        """Begin to follow `(iova, length)` ranges, ascending; returns the page size in bytes that is really used. A log
+        that is kept already is forgotten. Raises HostError: none is kept.
+        """
+        ...
+
+    async def report(self, iova: int, length: int, page_size: int) -> bytes:
+        """The pages of a range, which lies within those followed, that were written since it was last asked for: a bit
+        each, lowest first, in whole 64-bit words. Raises HostError: nobody knows, so all of them count.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Forget the log. Harmless if none is kept."""
+        ...
+
+
 class Device(ABC):
     """One device under a plugin's care.
 
@@ -154,6 +177,13 @@ class Device(ABC):
     def capabilities(self) -> Capabilities:
         """STOP_COPY only, unless overridden."""
         return Capabilities()
+
+    @property
+    def dirty_log(self) -> DeviceLog | None:
+        """The hardware's own log of its DMA, if the plugin can have it kept; it goes before any that the door knows.
+        Read once, after `open`.
+        """
+        return None
 
     # accesses: sync, bounded, in the pump's thread, any state whose rule says TRAP
 

@@ -103,7 +103,7 @@ class Session:
         if options.allow_p2p and not p2p:
             log.warning("--allow-p2p: the plugin does not say that this device can hold its DMA to others back")
         self._memory = ClientMemory(name, host, self._context, self._peers, p2p=p2p)
-        self._dirty = DirtyLog(host, options.dirty_tracking, self._memory)
+        self._dirty = DirtyLog(host, options.dirty_tracking, self._memory, device.dirty_log)
         self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
         self._idle = trio.Event()
         self._idle.set()

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from vfu_server import uapi
+from vfu_server.device import DeviceLog
 from vfu_server.dma import bitmap_bytes, logging_ranges
-from vfu_server.errors import ClientError, HostError, VfuServerError
+from vfu_server.errors import ClientError, HostError, PluginError, VfuServerError
 from vfu_server.feature import LoggingReport, LoggingStart
 from vfu_server.host_device import DirtyDoor, DmaMap, HostDevice
 from vfu_server.libvfio_user.bitmap import PageBitmap
@@ -35,8 +36,10 @@ class DirtyLog:
     everything: whoever begins a log takes all memory for written.
     """
 
-    def __init__(self, host: HostDevice, mode: str, memory: ClientMemory) -> None:
+    def __init__(self, host: HostDevice, mode: str, memory: ClientMemory, own: DeviceLog | None = None) -> None:
         self._host = host
+        self._own = own
+        """The plugin's, which goes before the door's."""
         self._mode = mode
         self._memory = memory
         self._by_device = False
@@ -58,6 +61,9 @@ class DirtyLog:
 
     async def find_source(self) -> None:
         """Ask the device's side whether it keeps a log."""
+        if self._own is not None:
+            self._by_device = True
+            return
         try:
             await self._host.device_feature(uapi.FEATURE_PROBE | uapi.FEATURE_SET | Feature.DMA_LOGGING_START)
             self._by_device = True
@@ -84,6 +90,9 @@ class DirtyLog:
     async def _start_source(self, start: LoggingStart) -> int:
         maps = self._memory.writable(0, 1 << 64)
         self._watched = logging_ranges(start.ranges, maps, start.page_size)
+        if self._own is not None:
+            self._source_runs = True
+            return await self._own.start(self._watched, start.page_size)
         ranges = b"".join(uapi.LOGGING_RANGE.pack(*one) for one in self._watched)
         data = uapi.FEATURE_LOGGING_START.pack(start.page_size, len(self._watched), 0) + ranges
         reply = await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_START, data, len(data))
@@ -102,7 +111,10 @@ class DirtyLog:
 
     async def _stop_source(self) -> None:
         if self._source_runs:
-            await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP)
+            if self._own is not None:
+                await self._own.stop()
+            else:
+                await self._host.device_feature(uapi.FEATURE_SET | Feature.DMA_LOGGING_STOP)
             self._source_runs = False
 
     async def report(self, report: LoggingReport) -> memoryview:
@@ -168,6 +180,12 @@ class DirtyLog:
                 await self._door.merge_dirty(start, end - start, page_size, place)
                 continue
             pages = -(-(end - start) // page_size)
+            if self._own is not None:
+                bits = await self._own.report(start, end - start, page_size)
+                if len(bits) != bitmap_bytes(end - start, page_size):
+                    raise PluginError(f"the log of the device's DMA gave {len(bits)} bytes for {pages} pages")
+                into.merge_bits(start, page_size, pages, memoryview(bits))
+                continue
             head = uapi.FEATURE_LOGGING_REPORT.pack(start, end - start, page_size)
             flags = uapi.FEATURE_GET | Feature.DMA_LOGGING_REPORT
             size = len(head) + bitmap_bytes(end - start, page_size)

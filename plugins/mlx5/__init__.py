@@ -25,6 +25,12 @@ def vfu_server_probe(host: HostDevice, options: Mapping[str, str]) -> Device | N
 
 
 @hookimpl
+def vfu_server_companions(where: str, options: Mapping[str, str]) -> Iterable[str]:
+    """A virtual function under vfio-pci whose physical function is as well comes behind it: the kernel wants that."""
+    return [options["pf"]] if options.get("pf") and "/" not in where else []
+
+
+@hookimpl
 def vfu_server_models() -> Mapping[str, ModelCommand]:
     """The software model: a virtual function and, beside it, its physical function."""
     summary = "ConnectX: a virtual function, and its physical function at the socket beside it"

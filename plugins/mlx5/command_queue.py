@@ -164,12 +164,12 @@ class CommandQueue:
             with trio.CancelScope(shield=True):
                 await self._post(slot, message, length)
                 stalled = not await self._completed(slot, seconds)
-                if stalled:
-                    self.counts["timeouts"] += 1
-                    raise CommandTimeoutError(
-                        f"{self.name}: {command.name} did not complete within {seconds:g} s ({self.segment.health()})"
-                    )
-                return Answer(command, self._result(slot, command, length))
+            if stalled:
+                self.counts["timeouts"] += 1
+                raise CommandTimeoutError(
+                    f"{self.name}: {command.name} did not complete within {seconds:g} s ({self.segment.health()})"
+                )
+            return Answer(command, self._result(slot, command, length))
         finally:
             self.in_flight -= 1
             self._give_back(slot, pages=pages, stalled=stalled)

@@ -11,7 +11,7 @@ from typing import Final
 
 from plugins.mlx5.boot import query_caps
 from plugins.mlx5.command_queue import CommandQueue
-from plugins.mlx5.contexts import CAP_ESWITCH, CAP_ESWITCH_FLOW_TABLE, ESWITCH, ESWITCH_FLOW_TABLE, EQE_VPORT, GENERAL
+from plugins.mlx5.contexts import CAP_ESWITCH, CAP_ESWITCH_FLOW_TABLE, EQE_VPORT, ESWITCH, ESWITCH_FLOW_TABLE, GENERAL
 from plugins.mlx5.layouts import (
     CREATE_FLOW_GROUP,
     CREATE_FLOW_TABLE,
@@ -122,12 +122,12 @@ class Eswitch:
         if port:
             speed = (await self._queue.call(QUERY_VPORT_STATE, _other(port), op_mod=ESW_VPORT))["max_tx_speed"]
             await self._queue.call(
-                MODIFY_VPORT_STATE, _other(port), op_mod=ESW_VPORT, admin_state=ADMIN_AUTO, max_tx_speed=speed)
+                MODIFY_VPORT_STATE, _other(port), op_mod=ESW_VPORT, admin_state=ADMIN_AUTO, max_tx_speed=speed
+            )
             if self._vlan:
                 await self._queue.call(
-                    MODIFY_ESW_VPORT_CONTEXT, _other(port),
-                    select_vport_cvlan_insert=1,
-                    select_vport_cvlan_strip=1)
+                    MODIFY_ESW_VPORT_CONTEXT, _other(port), select_vport_cvlan_insert=1, select_vport_cvlan_strip=1
+                )
         await self.refresh(port)
 
     async def remove(self, port: int) -> None:
@@ -152,16 +152,19 @@ class Eswitch:
         wanted.unicast = unicast | ({permanent} if permanent else set())
         await self._apply()
         await self._queue.call(
-            MODIFY_NIC_VPORT_CONTEXT, _other(port),
+            MODIFY_NIC_VPORT_CONTEXT,
+            _other(port),
             select_change_event=1,
             arm_change_event=1,
             event_on_promisc_change=1,
             event_on_mc_change=1,
-            event_on_uc_change=1)
+            event_on_uc_change=1,
+        )
 
     async def _list(self, port: int, kind: int) -> tuple[int, set[int]]:
         answer = await self._queue.call(
-            QUERY_NIC_VPORT_CONTEXT, _other(port), allowed_list_type=kind, room=8 * MAX_MACS)
+            QUERY_NIC_VPORT_CONTEXT, _other(port), allowed_list_type=kind, room=8 * MAX_MACS
+        )
         count = min(answer["allowed_list_size"], MAX_MACS)
         macs = {int.from_bytes(answer.tail[8 * at + 2 : 8 * at + 8], "big") for at in range(count)}
         return answer["permanent_address"], macs - {0}

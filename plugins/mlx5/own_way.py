@@ -20,7 +20,7 @@ from plugins.mlx5.policy import msix_table, policy_of
 from plugins.mlx5.saving import SaveSession
 from plugins.mlx5.status import CommandTimeoutError, PfDeadError
 from plugins.mlx5.tracker import PageTracker
-from plugins.mlx5.vf_index import index_of
+from plugins.mlx5.vf_index import index_of, is_address
 from plugins.mlx5.vhca import Part, Vhca
 from vfu_server.companion import Companions
 from vfu_server.device import Capabilities, Device, PrecopyInfo, SavePhase, Section, Sink, StateIdentity, StopKind
@@ -94,6 +94,11 @@ class OwnWay(Device):
 
     async def open(self, companions: Companions) -> None:
         """Use the physical function, if there is one. Without it the function is presented all the same."""
+        if is_address(self.host.name) and not self._options.pf:
+            await self._no_way(
+                "its kernel driver does not migrate it, and no --option pf=BDF names its physical function"
+            )
+            return
         where = self._options.pf or "pf"
         try:
             self._pf = await self._stack.enter_async_context(companions.open(where, pf.serve))

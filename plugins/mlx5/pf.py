@@ -233,7 +233,7 @@ class PhysicalFunction:
     async def _watch(self) -> None:
         """Look at the health buffer; bring the function up again if it has died."""
         last, misses = -1, 0
-        while not self._stopping:
+        while True:
             await trio.sleep(HEALTH_EVERY)
             if self._stopping:
                 return

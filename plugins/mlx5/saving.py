@@ -252,8 +252,6 @@ class SaveSession:
         if not running or self._early_failed or self._final or self._lock.locked():
             return PrecopyInfo(first, dirty)
         async with self._lock:
-            if self._job is not None:
-                return PrecopyInfo(first, dirty)
             query = await self._vhca.query(incremental=True)
         more = query.size + records.HEADER.size if query.size else 0
         if query.state == STATE_INIT and more:

@@ -31,6 +31,11 @@ def index_of(physical: HostDevice, virtual: HostDevice, said: int | None) -> int
     return (said or 0) if found is None else found
 
 
+def is_address(name: str) -> bool:
+    """It is the address of a PCI function, so the kernel has it; else it is behind a socket."""
+    return _BDF.match(name) is not None
+
+
 def _routing(name: str) -> tuple[int, int] | None:
     """Domain, and bus, device and function as one number; None: no such address."""
     if (match := _BDF.match(name)) is None:
