@@ -21,7 +21,7 @@ from vfu_server.errors import HostError
 
 logger = logging.getLogger(__name__)
 
-START_DEADLINE = 10.0
+START_DEADLINE = 30.0
 STOP_DEADLINE = 0.4
 _TRY_INTERVAL = 0.005
 _MAX_LINE = 8192

@@ -150,11 +150,10 @@ def test_the_identity_is_refused_before_a_byte_of_state_is_asked_for(edu_source,
     stranger = parts_of(edu_stream).with_header(plugin="other").data()
     header = records_of(stranger)[0][1]
     edu.client.set_mig_state(MigState.RESUMING)
-    edu.client.mig_data_write(stranger[:header])
-    edu_source.wait_log("StreamMismatchError")
     with pytest.raises(ReplyError) as caught:
-        edu.client.mig_data_write(stranger[header : header + 1])
+        edu.client.mig_data_write(stranger[:header])
     assert caught.value.errno == errno.EINVAL
+    edu_source.wait_log("StreamMismatchError")
     edu.client.reset()
     works(edu)
 
