@@ -31,7 +31,13 @@ test: setup ## everything but virtual machines and what takes minutes: models, p
 test-all: setup ## all of it: slow tests and virtual machines as well
 	@tools/system-packages vm
 	@$(PY) tools/vm/kernel.py || true  # minutes, once; the lane itself says what it cannot do
+	@tools/system-packages qemu && $(PY) tools/qemu_build.py || true  # the same
 	@$(PY) -m pytest $(ARGS)
+
+.PHONY: qemu
+qemu: setup ## a QEMU that migrates our devices (contrib/qemu), compiled from Debian's source; minutes, once
+	@tools/system-packages qemu
+	@$(PY) tools/qemu_build.py
 
 .PHONY: lint
 lint: setup ## ruff and mypy

@@ -20,12 +20,14 @@ _SECONDS = 20.0
 class Qtest:
     """One running machine. All calls wait for the answer; RuntimeError with QEMU's words if it is not OK."""
 
-    def __init__(self, channel: socket.socket, monitor: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, channel: socket.socket, monitor: socket.socket | None, process: subprocess.Popen[bytes]) -> None:
+        """Without `monitor`, somebody else speaks QMP to this machine."""
         self.process = process
         self._channel = channel.makefile("rw", encoding="ascii", newline="\n")
-        self._monitor = monitor.makefile("rw", encoding="utf-8", newline="\n")
-        self._monitor.readline()
-        self.execute("qmp_capabilities")
+        self._monitor = monitor.makefile("rw", encoding="utf-8", newline="\n") if monitor else None
+        if self._monitor:
+            self._monitor.readline()
+            self.execute("qmp_capabilities")
 
     def ask(self, line: str) -> list[str]:
         """Send one command; the words of the answer behind OK."""
@@ -77,10 +79,12 @@ class Qtest:
     def close(self) -> None:
         """Let go of both channels."""
         self._channel.close()
-        self._monitor.close()
+        if self._monitor:
+            self._monitor.close()
 
     def execute(self, command: str, arguments: dict[str, object] | None = None, *, until: str | None = None) -> None:
         """A QMP command; with `until`, returns when that event has come. RuntimeError with QEMU's words if refused."""
+        assert self._monitor, "somebody else speaks QMP to this machine"
         self._monitor.write(json.dumps({"execute": command, "arguments": arguments or {}}) + "\n")
         self._monitor.flush()
         answered, happened = False, until is None

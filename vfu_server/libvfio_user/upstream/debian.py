@@ -66,6 +66,21 @@ def offers(folder: Path, tried: list[str]) -> Iterator[Offer]:
             yield Offer(f"{name} ({where})", tarball)
 
 
+def pinned_offer(folder: Path, tried: list[str]) -> Offer | None:
+    """The pinned tarball alone, for who needs that very version; downloaded into `folder`. None, and why in `tried`."""
+    name = PINNED_POOL.rpartition("/")[2]
+    mirrors = mirror_uris()
+    if not mirrors:
+        tried.append("apt is not there, or is configured with no mirror")
+    for mirror in mirrors:
+        print(f"qemu: fetching {name}", flush=True)
+        error = _download(f"{mirror.rstrip('/')}/{PINNED_POOL}", folder / name, PINNED_SHA256)
+        if not error:
+            return Offer(name, folder / name)
+        tried.append(f"{name}: {error}")
+    return None
+
+
 def unpack(offer: Offer, folder: Path) -> None:
     """Put the library's subtree of the tarball into `folder`, and nothing else; the tarball is removed."""
     found = False
