@@ -74,7 +74,8 @@ class Processor:
             return
         cqc.event_wanted = False
         queue.dirty = True
-        self._events.post(queue.number)
+        if not self._events.post(queue.number):
+            cqc.event_wanted = True
 
     def _break(self, queue: Queue, kind: int) -> None:
         queue.broken = True

@@ -7,7 +7,7 @@ not know DMA, time or events.
 
 from dataclasses import dataclass
 
-from plugins.hns.models.contexts import Cqc, Sqc
+from plugins.hns.models.contexts import CLOSED, Cqc, Sqc
 
 SQ, CQ, EQ, AEQ = range(4)
 
@@ -38,7 +38,7 @@ class Queue:
         self.dirty = False
         self.paused = False
         self.stopped = False
-        """Stopped by the mailbox; takes no doorbells until it gets a new SQC."""
+        """Closed; takes no SQ doorbells until it gets a new SQC."""
         self.broken = False
         """Stopped by an error; the same."""
         self.at_hand = False
@@ -79,6 +79,12 @@ class Queue:
         self.drop_contexts()
         self.stopped = self.broken = self.touched = self.restart = False
         self.waiting_sq = self.waiting_cq = None
+
+    def close(self) -> None:
+        """(model) Stopped by the mailbox: marked in the SQC, so that it stays stopped wherever that goes."""
+        if self.sqc is not None:
+            self.sqc.random = CLOSED
+            self.stopped = self.dirty = True
 
     def drop_contexts(self) -> None:
         """The next touch loads them again."""

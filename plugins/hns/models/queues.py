@@ -144,7 +144,7 @@ class Queues:
         self._wait(lambda: None if any(queue.at_hand for queue in self.queues) else True, ended)
 
     def drain(self, numbers: Sequence[int], ended: Ended) -> None:
-        """(model) The queues run empty and take no doorbells then. It fails where work is left in a paused queue."""
+        """(model) The queues run empty and are closed then. It fails where work is left in a paused queue."""
         queues = [self.queues[number] for number in numbers]
         for queue in queues:
             queue.touched = True
@@ -156,7 +156,7 @@ class Queues:
             empty = all(queue.broken or not queue.cached or not queue.has_work for queue in queues)
             if empty:
                 for queue in queues:
-                    queue.stopped = queue.cached
+                    queue.close()
             return empty
 
         self._wait(verdict, ended)
@@ -231,15 +231,15 @@ class Queues:
             if data is None or epoch != self._epoch:
                 return False
             sqc = Sqc.parse(data)
-            if sqc.random == CLOSED or complaint(sqc, self._entry_size, queue.number):
+            if complaint(sqc, self._entry_size, queue.number):
                 return False
-            queue.sqc = sqc
+            queue.sqc, queue.stopped = sqc, sqc.random == CLOSED
         if queue.cqc is None:
             data = self._read_table(1, queue.number)
             if data is None or epoch != self._epoch:
                 return False
             cqc = Cqc.parse(data)
-            if cqc.random == CLOSED or cq_complaint(cqc):
+            if cq_complaint(cqc):
                 queue.sqc = queue.sqc if queue.dirty else None
                 return False
             queue.cqc = cqc
@@ -266,7 +266,7 @@ class Queues:
             if epoch != self._epoch:
                 return
             at_rest = queue.paused or not (queue.has_work or queue.event_due)
-            if worked and at_rest and not (queue.dirty or queue.at_hand or queue.pending or queue.stopped):
+            if worked and at_rest and not (queue.dirty or queue.at_hand or queue.pending):
                 queue.drop_contexts()
         self.write_backs += 1
         ended(worked)

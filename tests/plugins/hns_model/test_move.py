@@ -156,6 +156,30 @@ def test_an_event_asked_for_while_paused_comes_after_the_start() -> None:
     assert target.bus.messages == [0]
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_the_error_ring_goes_along(damage: bool) -> None:
+    source, target = pair()
+    work = Load(source, queues=8)
+    for queue in range(5):  # over the end of a ring of four
+        source.vf.faults.armed["cqe-error"] = 1
+        work.submit(queue)
+        source.bus.run()
+        assert work.driver.errors() == [(queue, 2)]
+        work.driver.command(8, queue=queue)  # as the driver does; else it would be tried again at the target
+    stop(window(source))
+    saved = save(window(source))
+    if damage:
+        saved.aeqc = [0, *saved.aeqc[1:]]
+    stop(window(target))
+    load(window(target), saved)
+    work.move(target)
+    target.vf.faults.armed["cqe-error"] = 1
+    start(window(target), 8)
+    work.submit(7)
+    target.bus.run()
+    assert (work.driver.errors() == [(7, 2)]) is not damage
+
+
 def skip_write_back(source: Accelerator, target: Accelerator) -> Saved:
     stop(window(source), write_back=False)
     saved = save(window(source))

@@ -281,7 +281,7 @@ def test_a_queue_that_is_closed_in_the_table_takes_no_doorbells() -> None:
     device.bus.memory[at : at + 2] = b"\xaa\xaa"
     load.submit(0)
     device.bus.run()
-    assert counted(device.vf) == {"doorbell_unset": 1}
+    assert counted(device.vf) == {"doorbell_stopped": 1}
     assert device.vf.state()["completed"] == 1
 
 
