@@ -123,7 +123,7 @@ class Traffic:
         self._operations = [operations[queue % len(operations)] for queue in range(queues)]
         self._jobs: list[deque[Job]] = [deque() for _ in range(queues)]
         self._next = [0] * queues
-        self._interrupt_carried = False
+        self._interrupt_carried = self._error_carried = False
         self._submitted = self._completed = self._told = self._events = 0
         self.driver.start({queue: ALGORITHM[name] for queue, name in enumerate(self._operations)})
 
@@ -146,7 +146,8 @@ class Traffic:
         return self._submitted - before
 
     def handle(self, seconds: float = 0.0) -> bool:
-        """Wait up to `seconds` for the event interrupt and handle it; False if none came. DeviceError: a wrong one."""
+        """Wait up to `seconds` for the event interrupt and handle it; False if none came. DeviceError: a mistake."""
+        self._look_for_errors()
         if not self._interrupt_carried and not self._eventfds.count(0):
             if not self._guest.client.wait_readable(self._eventfds.fds[0], seconds):
                 return False
@@ -156,8 +157,7 @@ class Traffic:
         for queue in self.driver.events():
             self._events += 1
             self._collect(queue)
-        if self._eventfds.count(1) and (errors := self.driver.errors()):
-            raise DeviceError(f"the device reports errors (queue, type): {errors}")
+        self._look_for_errors()
         return True
 
     def run(self, seconds: float) -> None:
@@ -193,9 +193,15 @@ class Traffic:
         sent and has not handled goes along, as with a virtual machine; that guest may be closed already.
         """
         self._interrupt_carried |= bool(self._eventfds.count(0))
+        self._error_carried |= bool(self._eventfds.count(1))
         self._guest = guest
         self.driver.port = GuestPort(guest, halves=self._halves)
         self._eventfds = _Eventfds(guest.enable_msi(VECTORS) if interrupts is None else interrupts)
+
+    def _look_for_errors(self) -> None:
+        told, self._error_carried = self._error_carried or self._eventfds.count(1), False
+        if told and (errors := self.driver.errors()):
+            raise DeviceError(f"the device reports errors (queue, type): {errors}")
 
     def _buffer(self, queue: int, index: int) -> int:
         layout = self.driver.layout
