@@ -161,9 +161,7 @@ class HnsDevice(Device):
     async def start(self, kind: StopKind) -> None:
         """Restart the queues that were paused, or that a restore has brought; raise pending events after a restore."""
         if self._rest is not None and self._rest.paused:
-            drain.go_on(self._window, self._rest)
-            if self._restored:
-                drain.ring_events(self._window)
+            await drain.start(self._window, self._mailbox, self._rest, events=self._restored)
         self._rest, self._restored = None, False
         with self.lock:
             self._gate.open()

@@ -13,11 +13,11 @@ from plugins.hns import mailbox as mb
 from plugins.hns.doorbell import AEQ, EQ, Doorbell, restart
 from plugins.hns.mailbox import Mailbox
 from plugins.hns.pf import PhysicalFunction
-from plugins.hns.polling import looks
+from plugins.hns.polling import Looks
 from plugins.hns.registers import VF
 from plugins.hns.vft import Queues, queues_of
 from plugins.hns.window import Window
-from vfu_server.errors import DeadlineError, HostError
+from vfu_server.errors import DeadlineError, HostError, StateLostError, VfuServerError
 
 IDLE_LOOKS: Final = 100
 IDLE_PAUSE: Final = 0.0001
@@ -48,7 +48,8 @@ async def read_queues(mailbox: Mailbox) -> Queues:
 
 
 async def stop(window: Window, mailbox: Mailbox, pf: PhysicalFunction | None) -> AtRest:
-    """Pause the function and write its contexts back to memory. If that fails, it is let go on before this raises.
+    """Pause the function and write its contexts back to memory. If that fails, it is let go on before this raises;
+    StateLostError if that fails, too.
 
     A function without a table of SQ contexts has no queue that could run, so that nothing is to be paused: what takes
     a pause back is the restart of its queues, which needs their contexts.
@@ -61,10 +62,30 @@ async def stop(window: Window, mailbox: Mailbox, pf: PhysicalFunction | None) ->
         await mailbox.set(mb.PAUSE_FUNCTION)
         await check_idle(window, pf)
         await write_back(window)
-    except BaseException:
-        go_on(window, rest)  # sync: also when cancelled
+    except BaseException as error:
+        try:
+            go_on(window, rest)  # sync: also when cancelled
+        except HostError as second:
+            raise StateLostError(f"{error}; then it could not be let go on: {second}") from error
         raise
     return rest
+
+
+async def start(window: Window, mailbox: Mailbox, rest: AtRest, *, events: bool) -> None:
+    """Let a function go on that was paused or restored; `events`: raise those that are pending. If that fails, it is
+    paused again before this raises; StateLostError if that fails, too.
+    """
+    try:
+        go_on(window, rest)
+        if events:
+            ring_events(window)
+    except HostError as error:
+        with trio.CancelScope(shield=True):
+            try:
+                await mailbox.set(mb.PAUSE_FUNCTION)
+            except VfuServerError as second:
+                raise StateLostError(f"{error}; then it could not be paused again: {second}") from error
+        raise
 
 
 def go_on(window: Window, rest: AtRest) -> None:
@@ -116,7 +137,7 @@ async def _zero_on_pf(window: Window, pf: PhysicalFunction, name: str) -> None:
 async def write_back(window: Window) -> None:
     """Write the contexts of the queues to their tables in memory, which travel with the guest. DeadlineError."""
     window.write("write_back_start", 1)
-    async for _ in looks(WRITE_BACK_SECONDS):
+    async for _ in Looks(WRITE_BACK_SECONDS):
         if window.read("write_back_done") & 1:
             return
     raise DeadlineError(
@@ -127,7 +148,7 @@ async def write_back(window: Window) -> None:
 
 async def is_ready(window: Window) -> bool:
     """Whether the guest's driver is loaded."""
-    async for _ in looks(READY_SECONDS):
+    async for _ in Looks(READY_SECONDS):
         if not window.read("vf_state") & 1:
             return True
     return False

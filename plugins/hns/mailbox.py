@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from plugins.hns.polling import looks
+from plugins.hns.polling import Looks
 from plugins.hns.registers import FUNCTION
 from plugins.hns.window import Window
 from vfu_server.errors import DeadlineError, HostError
@@ -113,7 +113,7 @@ class Mailbox:
 
     async def idle(self, request: Request | None = None) -> None:
         """Wait until no command runs. MailboxBusyError."""
-        async for _ in looks(IDLE_SECONDS):
+        async for _ in Looks(IDLE_SECONDS):
             if not _BUSY.get(self._window.read("mailbox0")):
                 return
         what = "the mailbox" if request is None else request.text
@@ -135,7 +135,7 @@ class Mailbox:
     async def _finished(self, request: Request) -> int:
         # A command that was given is waited for in any case: the next one must not find it running.
         with trio.CancelScope(shield=True):
-            async for _ in looks(DONE_SECONDS):
+            async for _ in Looks(DONE_SECONDS):
                 word = self._window.read("mailbox0")
                 if not _BUSY.get(word):
                     return word

@@ -3,7 +3,7 @@
 It knows no register.
 """
 
-from collections.abc import AsyncIterator
+from typing import Self
 
 import trio
 
@@ -16,14 +16,27 @@ LONGEST_PAUSE = 0.002
 """Seconds between two looks: the kernel's 10 us at first, doubled up to the longest."""
 
 
-async def looks(seconds: float) -> AsyncIterator[int]:
-    """Counts up from 1, once for each look that is due, until `seconds` are over and enough looks were had."""
-    began = trio.current_time()
-    pause, count = FIRST_PAUSE, 0
-    while True:
-        count += 1
-        yield count
-        if count >= LEAST_LOOKS and trio.current_time() - began >= seconds:
-            return
-        await trio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+class Looks:
+    """For `async for`: one turn for each look that is due, until `seconds` are over and enough looks were had.
+
+    Not a generator: it may be left half-way.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._began = trio.current_time()
+        self._pause = 0.0
+        self._count = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> int:
+        """How many there were, from 1."""
+        if self._count >= LEAST_LOOKS and trio.current_time() - self._began >= self._seconds:
+            raise StopAsyncIteration
+        if self._count:
+            await trio.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE) or FIRST_PAUSE
+        self._count += 1
+        return self._count
