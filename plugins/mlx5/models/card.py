@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 from plugins.mlx5.models.caps import Capabilities
 from plugins.mlx5.models.commands_boot import BootCommands
+from plugins.mlx5.models.commands_eswitch import EswitchCommands
 from plugins.mlx5.models.commands_migration import MigrationCommands
 from plugins.mlx5.models.commands_objects import ObjectCommands
 from plugins.mlx5.models.commands_pages import PageCommands
 from plugins.mlx5.models.commands_tracker import TrackerCommands
 from plugins.mlx5.models.eq import COMMAND, PAGE_REQUEST, EventQueues
+from plugins.mlx5.models.eswitch import Eswitch
 from plugins.mlx5.models.firmware import Firmware, Stage
 from plugins.mlx5.models.image import Geometry, Pattern
 from plugins.mlx5.models.keys import Keys
@@ -63,6 +65,7 @@ class Card:
         self.events = EventQueues(pf_bus, self.orders, self.violations, self.fail)
         self.transport = Transport(pf_bus, self.keys, self.events, self.violations)
         self.tracker = Tracker(self.transport, self.events, self.orders)
+        self.eswitch = Eswitch(options.vfs)
         self.migration = Migration(
             options,
             pf_bus,
@@ -75,7 +78,7 @@ class Card:
         geometry = Geometry(options.image_size)
         self.vhcas = [self._new_vhca(index, geometry) for index in range(options.vfs)]
         self.firmware = Firmware(lambda: self.stage, self.orders, self.violations)
-        for part in (BootCommands, PageCommands, ObjectCommands, MigrationCommands, TrackerCommands):
+        for part in (BootCommands, PageCommands, ObjectCommands, MigrationCommands, TrackerCommands, EswitchCommands):
             self.firmware.add(part(self).commands())
 
     def _new_vhca(self, index: int, geometry: Geometry) -> Vhca:
@@ -104,7 +107,7 @@ class Card:
         self._issi = 0
         self._init_asked = False
         self.pf_caps.reset()
-        for part in (self.tracker, self.transport, self.events, self.keys, self.pages):
+        for part in (self.tracker, self.transport, self.events, self.keys, self.pages, self.eswitch):
             part.reset()
         self._uars.clear()
         self._unsent.clear()
@@ -202,11 +205,12 @@ class Card:
             "eqs": len(self.events),
             "uars": len(self._uars),
             "trackers": len(self.tracker),
+            **self.eswitch.numbers(),
             "vfs": sum(vhca.enabled for vhca in self.vhcas),
         }.items():
             if count and profile == 0:
                 self.violations.note("leak", f"TEARDOWN_HCA with {count} {name}")
-        for part in (self.tracker, self.transport, self.events, self.keys):
+        for part in (self.tracker, self.transport, self.events, self.keys, self.eswitch):
             part.reset()
         self._uars.clear()
         self._unsent.clear()
@@ -384,6 +388,7 @@ class Card:
             **self.keys.numbers(),
             **self.transport.numbers(),
             **self.tracker.numbers(),
+            **self.eswitch.numbers(),
             "eqs": len(self.events),
             "uars": len(self._uars),
         }

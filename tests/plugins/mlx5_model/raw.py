@@ -80,6 +80,7 @@ class Raw:
         self.memory = Allocator(start, end)
         self.token = 0
         self.sign = sign
+        self.sign_boxes = False
         self.queue = self.memory.take(PAGE)
         self.inbox = [self.memory.take(1024, 1024) for _ in range(20)]
         self.outbox = [self.memory.take(1024, 1024) for _ in range(20)]
@@ -129,6 +130,9 @@ class Raw:
                 struct.pack_into(">Q", block, 0x230, boxes[index + 1])
             struct.pack_into(">I", block, 0x238, index + number)
             block[0x23D] = token
+            if self.sign_boxes:
+                block[0x23E] = ~xor(block[0x200:0x23E]) & 0xFF
+                block[0x23F] = ~xor(block[:0x23F]) & 0xFF
             self.port.store(boxes[index], bytes(block))
 
     def owned(self, entry: int = 0) -> bool:
