@@ -11,7 +11,7 @@ from typing import Final
 from plugins.mlx5.command_queue import CommandQueue
 from plugins.mlx5.layouts import ALLOC_PD, CREATE_MKEY, DEALLOC_PD, DESTROY_MKEY
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
-from vfu_server.errors import HostError
+from vfu_server.errors import HostError, VfuServerError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ async def released(step: Awaitable[object], name: str) -> None:
     """Do a step of giving back, whose failure nobody can do anything about: it is logged."""
     try:
         await step
-    except HostError as error:
+    except VfuServerError as error:
         log.debug("%s: giving back: %s", name, error)
 
 

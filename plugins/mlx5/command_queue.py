@@ -57,6 +57,8 @@ class _Slot:
         self.place = place
         self.buffer: DmaBuffer | None = None
         self.blocks = 0
+        self.token = 0
+        """Of the command that was posted last."""
 
     @property
     def done(self) -> bool:
@@ -219,7 +221,7 @@ class CommandQueue:
             raise HostError(f"{self.name}: entry {slot.index} is still the device's", errno.EAGAIN)
         into, out_of = blocks_for(len(message)), blocks_for(length)
         await self._room_for(slot, max(into, out_of))
-        self._token = self._token % 255 + 1
+        slot.token = self._token = self._token % 255 + 1
         inbox = outbox = 0
         if into or out_of:
             boxes_in, boxes_out = slot.chains
@@ -261,6 +263,8 @@ class CommandQueue:
         if delivery := COMMAND_ENTRY.get(place, "status"):
             self.counts["errors"] += 1
             raise CommandError(self.name, command.name, delivery=delivery)
+        if COMMAND_ENTRY.get(place, "token") != slot.token:
+            raise HostError(f"{self.name}: the entry of {command.name} came back with another token")
         inline = place[0x20:0x30]
         if status := inline[0]:
             self.counts["errors"] += 1

@@ -28,7 +28,7 @@ from plugins.mlx5.layouts import (
     SET_FLOW_TABLE_ROOT,
     SET_L2_TABLE_ENTRY,
 )
-from vfu_server.errors import HostError
+from vfu_server.errors import VfuServerError
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Eswitch:
         if port in self._ports:
             try:
                 await self.refresh(port)
-            except HostError as error:
+            except VfuServerError as error:
                 log.warning("%s: addresses of vport %d: %s", self._queue.name, port, error)
 
     async def refresh(self, port: int) -> None:

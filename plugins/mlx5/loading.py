@@ -13,7 +13,7 @@ from plugins.mlx5.buffers import MAX_IMAGE, StateBuffer, alloc_pd, dealloc_pd, r
 from plugins.mlx5.records import Begin, Piece, RecordReader
 from plugins.mlx5.vhca import Vhca
 from vfu_server.dma_memory import DmaMemory
-from vfu_server.errors import HostError, RestoreError, StreamFormatError
+from vfu_server.errors import RestoreError, StreamFormatError, VfuServerError
 
 MAX_WAITING: Final = 256 << 20
 """Bytes of complete images that may wait for the firmware; one always may."""
@@ -31,7 +31,7 @@ class LoadSession:
         self._at = 0
         self._waiting: list[tuple[StateBuffer, int]] = []
         self._changed = trio.Event()
-        self._error: HostError | None = None
+        self._error: VfuServerError | None = None
         self._given_up = False
         self.loaded = 0
         self.ended = trio.Event()
@@ -118,7 +118,7 @@ class LoadSession:
             await image.free(self._vhca.queue)
             self.loaded += 1
             self._waiting.pop(0)
-        except HostError as error:
+        except VfuServerError as error:
             self._error = error
 
     async def _release(self) -> None:

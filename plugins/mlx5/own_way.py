@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 import trio
 
 from plugins.mlx5 import gate, identity, pf, self_test
+from plugins.mlx5.init_segment import InitSegment, memory_space
 from plugins.mlx5.loading import LoadSession
 from plugins.mlx5.options import Options
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
@@ -33,6 +34,7 @@ from vfu_server.uapi import PCI_CFG_SPACE_SIZE, RegionIndex
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
+READY_SECONDS = 5.0
 WAYS = (
     "it can be migrated in two ways: bind it to mlx5_vfio_pci, whose physical function mlx5_core drives, or give its "
     "physical function to vfio-pci too and name it with --option pf=BDF; both need VF_MIGRATION_MODE=2 in the firmware "
@@ -108,6 +110,7 @@ class OwnWay(Device):
             await self._no_way(f"physical function {where}: {error}")
             return
         self._generation = self._pf.generation
+        await self._wait_ready()
         if self._options.self_test:
             await self_test.run(self._pf, self._function)
         if self._function.missing:
@@ -116,10 +119,23 @@ class OwnWay(Device):
             return
         self._take(self._pf, self._function)
 
+    async def _wait_ready(self) -> None:
+        """The firmware enables it once it has got the pages that it asks for by events."""
+        try:
+            with memory_space(self.host):
+                await InitSegment(self.host).wait_initialized(READY_SECONDS)
+        except VfuServerError as error:
+            log.warning("%s: it is enabled, but not ready: %s", self.host.name, error)
+
     def _take(self, owner: PhysicalFunction, function: VirtualFunction) -> None:
         adapter = owner.adapter
         features = gate.features(adapter)
-        self._vhca = Vhca(owner.queue, function.vhca_id, chunks=bool(features & gate.FEATURE_CHUNKS))
+        self._vhca = Vhca(
+            owner.queue,
+            function.vhca_id,
+            chunks=bool(features & gate.FEATURE_CHUNKS),
+            states=bool(adapter.general_2["migration_state"]),
+        )
         self._identity = identity.driven_identity(owner.firmware, features, adapter.psid)
         if gate.can_track_pages(adapter.general, adapter.general_2):
             self._tracker = PageTracker(owner, function.vhca_id)
@@ -140,7 +156,7 @@ class OwnWay(Device):
             self._reason = why
         else:
             self._reason = f"{why}. {WAYS}"
-        log.warning("%s", self._reason)
+        log.debug("%s", self._reason)  # the server says it
         await self.aclose()
 
     async def aclose(self) -> None:

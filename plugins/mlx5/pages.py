@@ -14,7 +14,7 @@ import trio
 from plugins.mlx5.command_queue import CommandQueue
 from plugins.mlx5.layouts import MANAGE_PAGES, QUERY_PAGES
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
-from vfu_server.errors import HostError
+from vfu_server.errors import HostError, VfuServerError
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Pages:
                 await self.give(function, count)
             elif count < 0:
                 await self.take(function, -count)
-        except HostError as error:
+        except VfuServerError as error:
             log.warning("%s: pages for function %d (%+d): %s", self._queue.name, function, count, error)
 
 

@@ -219,7 +219,7 @@ class PhysicalFunction:
         with scope:
             try:
                 await queue.run()
-            except HostError as error:
+            except VfuServerError as error:
                 log.error("%s: its events cannot be read: %s", self.host.name, error)
                 self.queue.fail(PfDeadError(f"the physical function {self.host.name} is gone: {error}"))
 

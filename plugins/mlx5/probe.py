@@ -4,12 +4,11 @@ The order: the kernel's driver if it offers to migrate, since it needs nothing e
 `own_way` opens later. It changes nothing of the device.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from plugins.mlx5 import identity, options
-from plugins.mlx5.init_segment import InitSegment
+from plugins.mlx5.init_segment import InitSegment, memory_space
 from plugins.mlx5.kernel_way import KernelWay
 from plugins.mlx5.own_way import OwnWay
 from plugins.mlx5.policy import msix_table, policy_of
@@ -17,7 +16,7 @@ from vfu_server.device import Device
 from vfu_server.errors import HostError
 from vfu_server.host_device import HostDevice
 from vfu_server.kernel_migration import migration_of
-from vfu_server.uapi import MIGRATION_P2P, PCI_CFG_SPACE_SIZE, PCI_COMMAND, PCI_COMMAND_MEMORY, RegionIndex
+from vfu_server.uapi import MIGRATION_P2P, PCI_CFG_SPACE_SIZE, RegionIndex
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +43,8 @@ def probe(host: HostDevice, said: Mapping[str, str]) -> Device | None:
 def firmware_of(host: HostDevice) -> str:
     """The firmware's version, which every function tells; empty where it does not."""
     try:
-        with _memory_space(host):
+        with memory_space(host):
             return InitSegment(host).firmware()
     except HostError as error:
         log.info("%s: its firmware's version cannot be read: %s", host.name, error)
         return ""
-
-
-@contextlib.contextmanager
-def _memory_space(host: HostDevice) -> Iterator[None]:
-    """The memory bit on, and as it was afterwards."""
-    before = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-    if before & PCI_COMMAND_MEMORY:
-        yield
-        return
-    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, before | PCI_COMMAND_MEMORY)
-    try:
-        yield
-    finally:
-        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, before)

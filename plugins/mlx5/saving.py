@@ -18,7 +18,7 @@ from plugins.mlx5.status import BAD_RESOURCE_STATE, CommandError, CommandTimeout
 from plugins.mlx5.vhca import STATE_INIT, Query, Saved, Vhca
 from vfu_server.device import PrecopyInfo, Section, Sink
 from vfu_server.dma_memory import DmaMemory
-from vfu_server.errors import HostError
+from vfu_server.errors import HostError, VfuServerError
 from vfu_server.kernel_migration import CHUNK, SECTION_VERSION, TAG
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class _Job:
         self.first = first
         self.done = trio.Event()
         self.saved: Saved | None = None
-        self.error: HostError | None = None
+        self.error: VfuServerError | None = None
 
 
 class SaveSession:
@@ -139,33 +139,39 @@ class SaveSession:
     async def _end(self, ended: trio.Event) -> None:
         try:
             await self.settle()
-            if self._job is not None and isinstance(self._job.error, CommandTimeoutError):
-                self._finish(self._job)
+            self._finish_at_last()
             if self._tracking:
-                await self._stop_tracking()
-        except HostError as error:
+                async with self._lock:
+                    await self._stop_tracking()
+        except VfuServerError as error:
             log.info("%s: ending a save: %s", self._vhca.queue.name, error)
         finally:
             await self._release()
             ended.set()
 
+    def _finish_at_last(self) -> None:
+        """Nobody has waited for the last SAVE; it may have turned tracking off."""
+        if self._job is not None:
+            try:
+                self._finish(self._job)
+            except VfuServerError as error:
+                log.info("%s: a save that was given up: %s", self._vhca.queue.name, error)
+
     async def _stop_tracking(self) -> None:
         """A full SAVE without tracking, thrown away, is what turns it off."""
         self._tracking = False
-        buffer = self._throw_away()
+        self._throw_away()
+        if not self._free:
+            await self._new_buffer(MIN_BUFFER)
         query = await self._vhca.query(incremental=True)
-        buffer = await self._fit(buffer, query.required)
+        buffer = await self._fit(self._free.pop(), query.required)
         await self._vhca.save(buffer, incremental=False, track=False)
 
-    def _throw_away(self) -> StateBuffer:
+    def _throw_away(self) -> None:
         for record in self._records:
             if record.buffer is not None and record.buffer not in self._free:
                 self._free.append(record.buffer)
         self._records.clear()
-        if self._job is not None and self._job.buffer not in self._free:
-            self._free.append(self._job.buffer)
-        self._job = None
-        return self._free.pop()
 
     async def _release(self) -> None:
         self._records.clear()
@@ -208,7 +214,7 @@ class SaveSession:
             job.saved = await self._vhca.save(job.buffer, incremental=job.incremental, track=job.track)
             if job.saved.size > job.buffer.capacity:
                 raise HostError(f"an image of {job.saved.size} bytes in a buffer of {job.buffer.capacity}")
-        except HostError as error:
+        except VfuServerError as error:
             job.error = error
         finally:
             job.done.set()
@@ -248,7 +254,7 @@ class SaveSession:
         if self._job is not None:
             if self._job.first:
                 first += records.HEADER.size + self._expected
-            return PrecopyInfo(first, dirty, self._first_again)
+            return PrecopyInfo(first, dirty)
         if not running or self._early_failed or self._final or self._lock.locked():
             return PrecopyInfo(first, dirty)
         async with self._lock:
@@ -293,8 +299,9 @@ class SaveSession:
             await self._send_all(sink)
         self._final = True
         incremental = self._began_running and not self._early_failed
-        query = await self._vhca.query(incremental=incremental)
-        await self._start_final(query.required, incremental=incremental)
+        async with self._lock:
+            query = await self._vhca.query(incremental=incremental)
+            await self._start_final(query.required, incremental=incremental)
         while self._job is not None or self._records:
             await self._send_all(sink)
             if self._job is not None:

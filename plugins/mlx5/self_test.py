@@ -5,15 +5,22 @@ one) has been done before.
 """
 
 import logging
+from typing import Final
+
+import trio
 
 from plugins.mlx5 import gate
 from plugins.mlx5.boot import query_caps
 from plugins.mlx5.contexts import ADV_VIRTUALIZATION, CAP_ADV_VIRTUALIZATION
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
-from plugins.mlx5.vhca import Vhca
+from plugins.mlx5.status import BAD_RESOURCE_STATE, CommandError
+from plugins.mlx5.vhca import Query, Vhca
 from vfu_server.errors import HostError
 
 log = logging.getLogger(__name__)
+
+PATIENCE: Final = 40
+PAUSE: Final = 0.05
 
 
 async def run(owner: PhysicalFunction, function: VirtualFunction) -> None:
@@ -40,8 +47,20 @@ async def lines(owner: PhysicalFunction, function: VirtualFunction) -> list[str]
             found.append(f"log of pages: {caps.layout.decode(caps.data)}")
         if not function.missing:
             vhca = Vhca(owner.queue, function.vhca_id, chunks=bool(bits & gate.FEATURE_CHUNKS))
-            query = await vhca.query(incremental=False)
+            query = await _first_query(vhca)
             found.append(f"its state: {query.required} bytes at least for the first image, {query.size} in all")
     except HostError as error:
         found.append(f"failed: {error}")
     return found
+
+
+async def _first_query(vhca: Vhca) -> Query:
+    """A function that was enabled just now may still wait for its pages."""
+    for _ in range(PATIENCE):
+        try:
+            return await vhca.query(incremental=False)
+        except CommandError as error:
+            if error.status != BAD_RESOURCE_STATE:
+                raise
+        await trio.sleep(PAUSE)
+    return await vhca.query(incremental=False)

@@ -19,6 +19,7 @@ from plugins.mlx5.layouts import (
 
 STATE_SECONDS: Final = 3.0
 """For what is part of a change of state: the client waits 5 s for all of it."""
+STATE_UNKNOWN: Final = 0
 STATE_INIT: Final = 4
 """migration_state: the function was set up anew, what it gives next is a first pass again."""
 
@@ -59,12 +60,15 @@ class Saved:
 
 
 class Vhca:
-    """One function. `chunks`: the firmware gives its state in chunks. Every call raises as `CommandQueue.call`."""
+    """One function. `chunks`: the firmware gives its state in chunks; `states`: it tells how far the function is. Every
+    call raises as `CommandQueue.call`.
+    """
 
-    def __init__(self, queue: CommandQueue, vhca_id: int, *, chunks: bool) -> None:
+    def __init__(self, queue: CommandQueue, vhca_id: int, *, chunks: bool, states: bool = False) -> None:
         self.queue = queue
         self.vhca_id = vhca_id
         self.chunks = chunks
+        self.states = states
 
     async def suspend(self, part: Part) -> None:
         """Stop a part."""
@@ -84,7 +88,8 @@ class Vhca:
             seconds=STATE_SECONDS,
         )
         remaining = answer["remaining_total_size"] if self.chunks else 0
-        return Query(answer["required_umem_size"], remaining, answer["migration_state"])
+        state = answer["migration_state"] if self.states else STATE_UNKNOWN
+        return Query(answer["required_umem_size"], remaining, state)
 
     async def save(self, buffer: StateBuffer, *, incremental: bool, track: bool) -> Saved:
         """Have an image written into `buffer`; may take as long as the firmware's time-out says."""

@@ -166,7 +166,7 @@ async def test_no_physical_function_is_one_message(caplog):
         assert companions.asked == ["x"]
         assert "nobody is there" in device.capabilities.reason
         assert "mlx5_vfio_pci" in device.capabilities.reason
-        assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+        assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []  # the server says it, once
         await device.aclose()
 
 

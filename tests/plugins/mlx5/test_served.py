@@ -1,0 +1,194 @@
+"""The whole of it: two servers, each with a card in software and our own driver of its physical function, and a guest
+whose frames go on while it moves.
+"""
+
+import contextlib
+
+import pytest
+
+from plugins.mlx5.models.traffic import Traffic
+from tests.end_to_end.served import Process
+from tests.model_process import ModelProcess
+from vfu_server.errors import DeadlineError
+from vfu_server.testing import Guest, GuestMemory, migrate_guest
+from vfu_server.testing.wire import ReplyError
+from vfu_server.uapi import MigState
+
+MB = 1 << 20
+SMALL = ("--boot-pages", "8", "--init-pages", "40", "--vf-pages", "8", "--save-pages", "4")
+
+
+class GuestPort:
+    """The guest as a driver of the function's data path sees it."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    def read(self, region, offset, width):
+        return self.guest.read(region, offset, width)
+
+    def write(self, region, offset, width, value):
+        self.guest.write(region, offset, width, value)
+
+    def load(self, iova, length):
+        return self.guest.memory.read(iova, length)
+
+    def store(self, iova, data):
+        self.guest.memory.write(iova, data)
+
+    def wait(self, until, what):
+        for _ in range(30000):
+            if until():
+                return
+            self.guest.client.serve(0.002)
+        raise DeadlineError(f"waited for {what}")
+
+
+class Served:
+    """A card, and the server of its virtual functions."""
+
+    def __init__(self, folder, *arguments, options=()):
+        folder.mkdir()
+        self.card = ModelProcess(
+            folder, "connectx", *SMALL, *arguments, module="plugins.mlx5.models", time_scale=0.1
+        )
+        self.path = str(folder / "s")
+        self.server = Process(
+            *("--plugin", "mlx5", "--device-socket", self.card.path, "--socket-path", self.path, *options)
+        )
+
+    def __enter__(self):
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.server.__exit__(*exception)
+        status, said = self.card.terminate()
+        self.card.close()
+        print(said)
+        assert status == 0, said
+
+    def guest(self, memory=None):
+        return Guest.connect(self.path, memory or GuestMemory.of(8 * MB), timeout=30.0)
+
+    def order(self, name, times=1):
+        assert self.card.control("fault", name=name, times=times) == {}
+
+    @property
+    def registers(self):
+        return self.card.registers()
+
+
+@contextlib.contextmanager
+def two(folder, *arguments, options=()):
+    with (
+        Served(folder / "a", *arguments, options=options) as first,
+        Served(folder / "b", *arguments, options=options) as second,
+    ):
+        yield first, second
+
+
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize("pre_copy", [True, False])
+@pytest.mark.parametrize("arguments", [("--image-size", "3M"), ("--no-chunks",)], ids=["chunks", "one-image"])
+def test_a_function_moves_with_its_frames(tmp_path, arguments, pre_copy):
+    """Memory is copied by what the firmware's log of pages says, so a page that it forgets is a wrong frame."""
+    with two(tmp_path, *arguments) as (first, second), first.guest() as here, second.guest() as there:
+        here.start()
+        here.enable_msix(8)
+        traffic = Traffic(GuestPort(here), pairs=(0, 3))
+        traffic.start()
+        traffic.generate(3, 200_000, 300)
+        traffic.run(70)
+        traffic.post(20)
+        there.plug_in()
+        there.machine_reset()
+        record = migrate_guest(here, there, pre_copy=pre_copy)
+        assert record.stop_copy_bytes
+        assert (record.pre_copy_bytes > 0) == pre_copy
+        assert 8 * MB < record.memory_bytes < 16 * MB
+        traffic.moved(GuestPort(there))
+        traffic.finish()
+        traffic.run(70)
+        for side in (first, second):
+            assert side.registers["violations"] == 0
+            assert side.server.end()[0] == 0, side.server.log
+            assert "Traceback" not in side.server.log
+
+
+@pytest.mark.deadline(300)
+def test_a_migration_that_is_given_up_leaves_the_guest_running(tmp_path):
+    with Served(tmp_path / "a") as first, first.guest() as here:
+        here.start()
+        traffic = Traffic(GuestPort(here))
+        traffic.start()
+        traffic.run(10)
+        for last in (MigState.PRE_COPY, MigState.PRE_COPY_P2P, MigState.STOP_COPY, MigState.STOP):
+            for state in (MigState.PRE_COPY, last):
+                if (state, last) != (MigState.PRE_COPY, MigState.STOP):
+                    here.client.set_mig_state(state)
+            if last is MigState.PRE_COPY:
+                with contextlib.suppress(ReplyError):
+                    here.client.mig_data_read(4096)
+            here.client.set_mig_state(MigState.RUNNING)
+            traffic.run(10)
+        assert first.registers["violations"] == 0
+
+
+@pytest.mark.deadline(300)
+def test_firmware_faults_have_names_and_the_guest_goes_on(tmp_path):
+    with Served(tmp_path / "a") as first, first.guest() as here:
+        here.start()
+        traffic = Traffic(GuestPort(here))
+        traffic.start()
+        traffic.run(10)
+        for fault in ("status:0x115:4:0x77", "delivery:0x115:2", "bad-token"):
+            first.order(fault)
+            with pytest.raises(ReplyError):
+                here.client.set_mig_state(MigState.STOP)
+            here.client.set_mig_state(MigState.RUNNING) if fault != "bad-token" else here.client.reset()
+        log = first.server.said()
+        assert "SUSPEND_VHCA failed: status 0x4 (bad system state), syndrome 0x00000077" in log
+        assert "SUSPEND_VHCA was not delivered: status 0x2 (token error)" in log
+        assert "came back with another token" in log
+
+
+@pytest.mark.deadline(300)
+def test_a_damaged_image_is_refused_by_the_firmware(tmp_path):
+    with two(tmp_path) as (first, second), first.guest() as here, second.guest() as there:
+        here.start()
+        there.plug_in()
+        there.machine_reset()
+        traffic = Traffic(GuestPort(here))
+        traffic.start()
+        traffic.run(10)
+        first.order("bit-flip")
+        with pytest.raises(ReplyError):
+            migrate_guest(here, there, pre_copy=False)
+        traffic.run(10)
+        assert "LOAD_VHCA_STATE failed" in second.server.said()
+
+
+@pytest.mark.deadline(300)
+def test_other_firmware_is_refused_before_its_state(tmp_path):
+    with (
+        Served(tmp_path / "a") as first,
+        Served(tmp_path / "b", "--psid", "MT_0000000001") as second,
+        first.guest() as here,
+        second.guest() as there,
+    ):
+        here.start()
+        there.plug_in()
+        there.machine_reset()
+        with pytest.raises(ReplyError):
+            migrate_guest(here, there)
+        assert "PSID" in second.server.said()
+        assert second.registers["violations"] == 0
+
+
+@pytest.mark.deadline(300)
+def test_a_card_that_cannot_is_served_and_says_why(tmp_path):
+    with Served(tmp_path / "a", "--cap", "migration_multi_load=0") as first, first.guest() as here:
+        here.start()
+        assert here.client.migration_flags() == 0
+        assert first.server.said().count("lacks: migration_multi_load (") == 1
