@@ -15,7 +15,7 @@ from plugins.mlx5.contexts import EQE
 from plugins.mlx5.layouts import CREATE_EQ, DESTROY_EQ
 from plugins.mlx5.registers import swap32
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
-from vfu_server.errors import HostError
+from vfu_server.errors import HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.uapi import RegionIndex
 
@@ -151,7 +151,10 @@ class EventQueue:
         if not handlers:
             log.info("%s: event of type %#x, which nobody waits for", self._host.name, kind)
         for handler in list(handlers):
-            await handler(event)
+            try:
+                await handler(event)
+            except VfuServerError as error:  # one object's trouble is not the queue's
+                log.warning("%s: event of type %#x: %s", self._host.name, kind, error)
 
     def _ring(self, doorbell: int) -> None:
         value = self._eqn << 24 | self._ci & 0xFFFFFF

@@ -24,6 +24,7 @@ from plugins.mlx5.contexts import (
 from plugins.mlx5.layouts import CREATE_OBJECT, DESTROY_OBJECT, MODIFY_OBJECT, QUERY_OBJECT
 from plugins.mlx5.loopback import LoopbackPair, Message
 from plugins.mlx5.pf import PhysicalFunction
+from plugins.mlx5.status import CommandError
 from vfu_server.errors import HostError
 
 TRACKING, REPORTING, ERROR = 0, 1, 2
@@ -205,7 +206,16 @@ class PageTracker:
         """The object's state has changed by itself: an error shows here even if no report comes."""
         if self._object is None or EQE_OBJECT.get(event, "obj_type") != PAGE_TRACK_TYPE:
             return
-        if EQE_OBJECT.get(event, "obj_id") == self._object and await self._state(self._object) == ERROR:
+        number = self._object
+        if EQE_OBJECT.get(event, "obj_id") != number:
+            return
+        try:
+            state = await self._state(number)
+        except CommandError as error:
+            if self._object == number:  # else it was destroyed meanwhile
+                self._broken = str(error)
+            return
+        if state == ERROR:
             self._broken = "the tracker is in error"
 
 
