@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
 READY_SECONDS = 5.0
+ONE_PROCESS = "another process holds it, and one process has to serve all virtual functions of a physical function"
 WAYS = (
-    "it can be migrated in two ways: bind it to mlx5_vfio_pci, whose physical function mlx5_core drives, or give its "
+    "It can be migrated in two ways: bind it to mlx5_vfio_pci, whose physical function mlx5_core drives, or give its "
     "physical function to vfio-pci too and name it with --option pf=BDF; both need VF_MIGRATION_MODE=2 in the firmware "
     "(mlxconfig) and the function's `migratable` bit (docs/operators/mlx5.md)"
 )
@@ -107,7 +108,8 @@ class OwnWay(Device):
             index = index_of(self._pf.host, self.host, self._options.vf)
             self._function = await self._pf.attach(index, self.host.name)
         except VfuServerError as error:
-            await self._no_way(f"physical function {where}: {error}")
+            busy = f"; {ONE_PROCESS}" if error.errno == errno.EBUSY else ""
+            await self._no_way(f"physical function {where}: {error}{busy}")
             return
         self._generation = self._pf.generation
         await self._wait_ready()
@@ -150,13 +152,10 @@ class OwnWay(Device):
         )
 
     async def _no_way(self, why: str) -> None:
-        why = f"{self.host.name} cannot be migrated: {why}"
         if identity.too_old(self.host):
-            why = f"{self.host.name} cannot be migrated: no firmware of this family (ConnectX-6 and older) does that"
-            self._reason = why
+            self._reason = "no firmware of this family (ConnectX-6 and older) migrates a virtual function"
         else:
             self._reason = f"{why}. {WAYS}"
-        log.debug("%s", self._reason)  # the server says it
         await self.aclose()
 
     async def aclose(self) -> None:

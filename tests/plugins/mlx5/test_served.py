@@ -10,7 +10,8 @@ from plugins.mlx5.models.traffic import Traffic
 from tests.end_to_end.served import Process
 from tests.model_process import ModelProcess
 from vfu_server.errors import DeadlineError
-from vfu_server.testing import Guest, GuestMemory, migrate_guest
+from vfu_server.testing import Guest, GuestMemory, migrate_guest, save
+from vfu_server.testing.client import dirty_pages
 from vfu_server.testing.wire import ReplyError
 from vfu_server.uapi import MigState
 
@@ -49,9 +50,7 @@ class Served:
 
     def __init__(self, folder, *arguments, options=()):
         folder.mkdir()
-        self.card = ModelProcess(
-            folder, "connectx", *SMALL, *arguments, module="plugins.mlx5.models", time_scale=0.1
-        )
+        self.card = ModelProcess(folder, "connectx", *SMALL, *arguments, module="plugins.mlx5.models", time_scale=0.1)
         self.path = str(folder / "s")
         self.server = Process(
             *("--plugin", "mlx5", "--device-socket", self.card.path, "--socket-path", self.path, *options)
@@ -77,6 +76,26 @@ class Served:
     @property
     def registers(self):
         return self.card.registers()
+
+
+@contextlib.contextmanager
+def card_of(folder, *arguments):
+    """A card whose functions' servers are the test's affair."""
+    card = ModelProcess(folder, "connectx", *SMALL, *arguments, module="plugins.mlx5.models", time_scale=0.1)
+    try:
+        yield card
+    finally:
+        status, said = card.terminate()
+        card.close()
+        print(said)
+        assert status == 0, said
+
+
+def server_of(card, number, path):
+    """The arguments that serve virtual function `number` of a card with several."""
+    socket = card.path if not number else f"{card.path}.vf{number}"
+    options = ("--option", f"pf={card.path}.pf", "--option", f"vf={number}")
+    return ("--plugin", "mlx5", "--device-socket", socket, "--socket-path", path, *options)
 
 
 @contextlib.contextmanager
@@ -111,9 +130,9 @@ def test_a_function_moves_with_its_frames(tmp_path, arguments, pre_copy):
         traffic.finish()
         traffic.run(70)
         for side in (first, second):
-            assert side.registers["violations"] == 0
             assert side.server.end()[0] == 0, side.server.log
             assert "Traceback" not in side.server.log
+            assert side.registers["violations"] == 0
 
 
 @pytest.mark.deadline(300)
@@ -192,3 +211,79 @@ def test_a_card_that_cannot_is_served_and_says_why(tmp_path):
         here.start()
         assert here.client.migration_flags() == 0
         assert first.server.said().count("lacks: migration_multi_load (") == 1
+
+
+@pytest.mark.deadline(300)
+def test_functions_of_one_card_share_a_process_and_another_process_is_refused(tmp_path):
+    config = tmp_path / "two.toml"
+    with card_of(tmp_path, "--vfs", "3") as card:
+        devices = []
+        for number in (0, 1):
+            socket = card.path if not number else f"{card.path}.vf{number}"
+            devices.append(
+                f'[[device]]\nname = "vf{number}"\nplugin = "mlx5"\ndevice-socket = "{socket}"\n'
+                f'socket-path = "{tmp_path}/s{number}"\noptions = {{pf = "{card.path}.pf", vf = "{number}"}}\n'
+            )
+        config.write_text("\n".join(devices))
+        with Process("--config", config, devices=2) as server, contextlib.ExitStack() as stack:
+            guests = [stack.enter_context(Guest.connect(f"{tmp_path}/s{n}", GuestMemory.of(8 * MB))) for n in (0, 1)]
+            traffics = [Traffic(GuestPort(guest.start())) for guest in guests]
+            for traffic in traffics:
+                traffic.start()
+                traffic.run(5)
+            guests[0].client.set_mig_state(MigState.STOP_COPY)
+            traffics[1].run(5)
+            assert b"".join(save(guests[0].client))
+            guests[0].client.set_mig_state(MigState.RUNNING)
+            traffics[0].run(5)
+            with Process(*server_of(card, 2, f"{tmp_path}/s2")) as other:
+                with Guest.connect(f"{tmp_path}/s2", GuestMemory.of(MB)) as lone:
+                    assert lone.client.migration_flags() == 0
+                assert "another process holds it" in other.wait_log("cannot be migrated: physical function")
+                assert other.end()[0] == 0
+            traffics[0].run(5)
+            stack.close()
+            assert server.end()[0] == 0, server.log
+            assert server.log.count("physical function up") == 1
+        assert card.registers()["violations"] == 0
+
+
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize("fault", ["health:1", "health-stuck"])
+def test_a_card_that_dies_is_brought_up_again_and_its_function_reset(tmp_path, fault):
+    with Served(tmp_path / "a") as first, first.guest() as here:
+        here.start()
+        here.client.set_mig_state(MigState.PRE_COPY)
+        first.order(fault, -1 if fault == "health-stuck" else 1)
+        first.server.wait_log("is dead", 60)
+        first.order(fault, 0)
+        first.server.wait_log("it is up again", 60)
+        with pytest.raises(ReplyError):
+            here.client.set_mig_state(MigState.STOP_COPY)
+        here.client.reset()
+        here.client.set_mig_state(MigState.STOP_COPY)
+        assert b"".join(save(here.client))
+        here.client.set_mig_state(MigState.RUNNING)
+
+
+@pytest.mark.deadline(300)
+def test_a_log_that_is_lost_counts_everything(tmp_path):
+    with Served(tmp_path / "a") as first, first.guest() as here:
+        here.start()
+        here.client.dma_logging_start([(0, 8 * MB)])
+        traffic = Traffic(GuestPort(here))
+        traffic.start()
+        traffic.run(5)
+        first.order("tracker-error")
+        with pytest.raises(ReplyError):
+            here.client.dma_logging_report(0, 8 * MB)
+        with pytest.raises(ReplyError):
+            here.client.dma_logging_report(0, 8 * MB)
+        here.client.dma_logging_stop()
+        here.client.dma_logging_start([(0, 8 * MB)])
+        traffic.run(5)
+        written = dirty_pages(here.client.dma_logging_report(0, 8 * MB), 0)
+        assert 0 < len(list(written)) < 100
+        assert not list(dirty_pages(here.client.dma_logging_report(0, 8 * MB), 0))
+        here.client.dma_logging_stop()
+        assert first.registers["violations"] == 0
