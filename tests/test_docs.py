@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 from plugins.hns.models import __main__ as hns_models
+from plugins.mlx5.models import __main__ as connectx
 from tests.documents import TREE, anchors, blocks, commands, documents, links, messages, prose, table, text
 from vfu_server import (
     cli_arguments,
@@ -58,6 +59,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 SERVER_OPTIONS = options_of(cli_parser.build())
 MODEL_OPTIONS = options_of(program._parser()) - {"--help"}
+CARD_OPTIONS = options_of(connectx.build())
 DOCTOR_OPTIONS = options_of(cli_doctor.build()) - {"--help"}
 TRACE_OPTIONS = options_of(cli_trace.build()) - {"--help"}
 HNS_MODEL_OPTIONS = options_of(hns_models._parser())
@@ -89,8 +91,14 @@ def test_every_option_of_a_model_is_in_its_table():
 @by_document
 def test_options_in_the_text_exist(path):
     named = set(re.findall(r"`(--[a-z][\w-]*)[`= ]", prose(path)))
-    known = SERVER_OPTIONS | MODEL_OPTIONS | DOCTOR_OPTIONS | TRACE_OPTIONS | HNS_MODEL_OPTIONS | TOOL_OPTIONS
+    models = MODEL_OPTIONS | CARD_OPTIONS | HNS_MODEL_OPTIONS
+    known = SERVER_OPTIONS | models | DOCTOR_OPTIONS | TRACE_OPTIONS | TOOL_OPTIONS
     assert named - known == set()
+
+
+def test_every_option_of_the_card_is_in_its_table():
+    rows = table("plugins/mlx5/models/README.md", "option")
+    assert {name for row in rows for name in re.findall(r"`(--[\w-]+)", row[0])} == CARD_OPTIONS
 
 
 def test_every_option_of_the_tools_is_in_their_table():

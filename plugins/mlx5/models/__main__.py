@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from plugins.mlx5.models.caps import PLACES
+from plugins.mlx5.models.caps import LAYOUTS, PLACES
 from plugins.mlx5.models.functions import functions
 from plugins.mlx5.models.options import LEAST_IMAGE, MOST_VFS, Options
 from vfu_server.model_server import main_functions
@@ -44,11 +44,14 @@ def capability(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
     if name not in PLACES:
         raise argparse.ArgumentTypeError(f"there is no capability {name!r}")
-    return name, int(number or "1", 0)
+    value = int(number or "1", 0)
+    if not 0 <= value <= LAYOUTS[PLACES[name].kind].limit(name):
+        raise argparse.ArgumentTypeError(f"{name} cannot be {value}")
+    return name, value
 
 
-def parse(argv: list[str]) -> tuple[Options, str, list[str]]:
-    """Options of the card, its seed, and the arguments that are the server's."""
+def build() -> argparse.ArgumentParser:
+    """The parser of the card's own options."""
     parser = argparse.ArgumentParser(prog="models", add_help=False)
     models = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     card = models.add_parser("connectx", add_help=False)
@@ -66,6 +69,12 @@ def parse(argv: list[str]) -> tuple[Options, str, list[str]]:
     card.add_argument("--firmware", default=".".join(map(str, plain.firmware)))
     card.add_argument("--cap", type=capability, action="append", default=[])
     card.add_argument("--seed", default=None)
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[Options, str, list[str]]:
+    """Options of the card, its seed, and the arguments that are the server's."""
+    parser = build()
     found, rest = parser.parse_known_args(argv)
     caps = dict(found.cap)
     if found.no_chunks:

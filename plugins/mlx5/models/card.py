@@ -46,6 +46,8 @@ class Card:
         self.options = options
         self.orders = Orders()
         self.violations = Violations()
+        self.guests = Violations("guest_violation")
+        """What guests did to their VFs; never the PF driver's fault."""
         self.vectors = VECTORS
         self.stage = Stage.RESET
         self._seed = seed
@@ -150,10 +152,10 @@ class Card:
         vhca = self._vf(function)
         if vhca.enabled or self.pages.of(function).asked:
             raise RefusedError(Status.BAD_RES_STATE, 0x802, f"VF {vhca.index} is enabled already")
-        generation = vhca.generation
 
         def given(all_given: bool) -> None:
-            if generation == vhca.generation and all_given:
+            # a reset of the VF meanwhile changes nothing; one of the PF has forgotten this callback
+            if all_given:
                 vhca.enabled = True
                 self.pages.visit(function)
 
@@ -179,6 +181,7 @@ class Card:
         vhca.enabled = False
         self._held.discard(vhca.index)
         self.reset_vhca(vhca)
+        self.pages.withdraw(function)
         self._release(function, self.pages.count(function), everything=True)
 
     def ask_for_init(self) -> None:
@@ -382,6 +385,7 @@ class Card:
         """Everything that is counted."""
         found = {
             **self.violations.numbers(),
+            **self.guests.numbers(),
             "stage": int(self.stage),
             "issi": self._issi,
             **self.pages.numbers(),

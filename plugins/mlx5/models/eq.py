@@ -81,10 +81,12 @@ class EventQueues:
         self._fail = fail
         self._queues: dict[int, EventQueue] = {}
         self._next = 1
+        self._generation = 0
 
     def reset(self) -> None:
         """All are gone."""
         self._queues.clear()
+        self._generation += 1
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -93,6 +95,7 @@ class EventQueues:
         """A new queue; its number. The driver has to have marked all entries as not written."""
         number: int = next(n for n in (*range(self._next, 256), *range(1, self._next)) if n not in self._queues)
         self._next = number % 255 + 1
+        generation = self._generation
         try:
             for page_number in range(len(ring.pages)):
                 length = min(ring.page_size, (ENTRY << log_size) - page_number * ring.page_size)
@@ -102,6 +105,8 @@ class EventQueues:
                     break
         except BusError as error:
             raise RefusedError(Status.BAD_PARAM, 0x303, f"the event queue is no memory: {error}") from error
+        if generation != self._generation:
+            raise RefusedError(Status.BAD_SYS_STATE, 0x306, "the function was reset", mistake=False)
         self._queues[number] = EventQueue(number, ring, log_size, log_page_size, uar, vector, mask)
         return number
 

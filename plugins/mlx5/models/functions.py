@@ -136,26 +136,26 @@ class VfModel(Model):
         self.bars = {0: Bar(BAR_SIZE, wide=True, prefetchable=True)}
         self.interrupts = Interrupts(msix=VF_VECTORS)
         self.config = config_space(VF_DEVICE, VF_VECTORS, VF_MSIX_TABLE, VF_MSIX_PBA)
-        firmware = Firmware(lambda: Stage.READY, card.orders, card.violations)
+        firmware = Firmware(lambda: Stage.READY, card.orders, card.guests)
         queue = CommandQueue(
             lambda: self.bus,
             lambda request: firmware.execute(queue, request),
             lambda _: None,
             card.orders,
-            card.violations,
+            card.guests,
         )
         segment = Segment(
             lambda: self.bus,
             queue,
             card.options.firmware,
             card.orders,
-            card.violations,
+            card.guests,
             ready=lambda: vhca.enabled,
             restart=self.reset,
         )
         engine = Engine(
             lambda: self.bus,
-            card.violations,
+            card.guests,
             vhca.touch,
             lambda iova, length: card.tracker.wrote(vhca.vhca_id, iova, length),
         )
@@ -194,7 +194,7 @@ class VfModel(Model):
             return
         inside = ENGINE <= offset < ENGINE + PAGE or VF_DOORBELLS <= offset < VF_DOORBELLS + PAIRS * PAGE
         if not inside or not self._vhca.enabled or width not in (4, 8) or offset % 4:
-            self._card.violations.note("engine", f"a write of {width} bytes at {offset:#x} of VF {self._vhca.index}")
+            self._card.guests.note("engine", f"a write of {width} bytes at {offset:#x} of VF {self._vhca.index}")
             return
         data = value.to_bytes(width, "little")
         for at in range(0, width, 4):
@@ -214,7 +214,12 @@ class VfModel(Model):
 
     def state(self) -> Mapping[str, int]:
         """The engine, and what the card counts."""
-        return {**self._card.violations.numbers(), **self._parts.engine.numbers(), "vhca_id": self._vhca.vhca_id}
+        return {
+            **self._card.violations.numbers(),
+            **self._card.guests.numbers(),
+            **self._parts.engine.numbers(),
+            "vhca_id": self._vhca.vhca_id,
+        }
 
 
 def functions(options: Options, seed: str) -> dict[str, Model]:

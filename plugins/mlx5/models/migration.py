@@ -115,6 +115,8 @@ class Migration:
             state = INITIAL
         else:
             state = DIRTY if total else READY
+        if vhca.tracking and self._orders.take("initial"):
+            state = INITIAL
         return Sizes(state, required, total + headers if chunk else 0)
 
     def save(self, vhca: Vhca, *, incremental: bool, track: bool, mkey: int, at: int, size: int, done: Done) -> None:
@@ -223,7 +225,12 @@ class Migration:
         assert body is not None
         length = min(body.left, size - HEADER_SIZE)
         header = body.header(vhca.series.number, vhca.series.ordinal, length)
-        pieces = list(self._keys.get(mkey).pieces(at, HEADER_SIZE + length, WRITE))
+        try:
+            pieces = list(self._keys.get(mkey).pieces(at, HEADER_SIZE + length, WRITE))
+        except RefusedError as refusal:  # the key went while pages were waited for
+            vhca.saving = False
+            done(refusal)
+            return
         delay = SLOW_SECONDS if self._orders.take("slow-save") else 0.0
         flip = self._orders.take("bit-flip")
 

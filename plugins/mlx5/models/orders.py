@@ -8,6 +8,7 @@
     slow-save                          a SAVE takes SLOW_SECONDS longer
     page-stall                         a request for pages is never sent; what needs them waits
     page-starvation                    what needs pages fails with `no resources`
+    initial                            a QUERY of a function that is tracked tells the state `init`
     bit-flip                           one bit of a saved image is wrong
     event-lost                         an event is not written to its queue
     tracker-error                      a report of dirty pages ends in the state `error`

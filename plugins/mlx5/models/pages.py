@@ -43,11 +43,13 @@ class PageBank:
         self._fail = fail
         self._owners: dict[int, int] = {}
         self._lenders: dict[int, Lender] = {}
+        self._generation = 0
 
     def reset(self) -> None:
         """A reset of the PF: nothing is remembered, nobody is called."""
         self._owners.clear()
         self._lenders.clear()
+        self._generation += 1
 
     def of(self, function: int) -> Lender:
         """A function's books."""
@@ -69,12 +71,15 @@ class PageBank:
                 raise RefusedError(Status.BAD_PARAM, 0x202, f"there cannot be a page at {page:#x}")
             if page in self._owners or page in pages[:number]:
                 raise RefusedError(Status.BAD_PARAM, 0x203, f"the page at {page:#x} was given before")
+        generation = self._generation
         for page in pages:
             try:
                 self._fill(function, page)
                 self._look(function, page)
             except BusError as error:
                 raise RefusedError(Status.BAD_PARAM, 0x204, f"the page at {page:#x} is no memory: {error}") from error
+        if generation != self._generation:  # memory made us wait, and the PF was reset meanwhile
+            raise RefusedError(Status.BAD_SYS_STATE, 0x206, "the function was reset", mistake=False)
         lender.pages += pages
         lender.asked -= len(pages)
         self._owners.update(dict.fromkeys(pages, function))
@@ -96,7 +101,7 @@ class PageBank:
         taken = lender.pages[len(lender.pages) - count :]
         for page in taken:
             self._check(function, page)
-            del self._owners[page]
+            self._owners.pop(page, None)
         del lender.pages[len(lender.pages) - count :]
         lender.spare = max(0, min(lender.spare - count, len(lender.pages)))
         lender.looked = 0
@@ -107,10 +112,16 @@ class PageBank:
         lender = self.of(function)
         for page in lender.pages:
             self._check(function, page)
-            del self._owners[page]
+            self._owners.pop(page, None)
         count = len(lender.pages)
         self._lenders[function] = Lender()
         return count
+
+    def withdraw(self, function: int) -> None:
+        """What was asked for is not needed any more."""
+        lender = self.of(function)
+        lender.asked = 0
+        self._call(lender, False)
 
     def visit(self, function: int) -> None:
         """The firmware uses a function's memory: it looks at some pages, in turn, and writes them anew."""

@@ -61,17 +61,19 @@ class RefusedError(Exception):
 
 
 class Violations:
-    """Counts what drivers did against the rules, by kind; the model's `state()` shows it."""
+    """Counts what drivers did against the rules, by kind; the model's `state()` shows it under `name`."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "violation") -> None:
         self.counts: Counter[str] = Counter()
+        self._name = name
 
     def note(self, kind: str, text: str) -> None:
         """One more of `kind`."""
         self.counts[kind] += 1
-        logger.warning("%s: %s", kind, text)
+        logger.warning("%s %s: %s", self._name, kind, text)
 
     def numbers(self) -> dict[str, int]:
-        """`violations` and each kind."""
+        """`violations`, and `violation.KIND` for each kind."""
         total = sum(self.counts.values())
-        return {"violations": total, **{f"violation.{kind}": count for kind, count in sorted(self.counts.items())}}
+        kinds = {f"{self._name}.{kind}": count for kind, count in sorted(self.counts.items())}
+        return {f"{self._name}s": total, **kinds}

@@ -97,6 +97,7 @@ class Transport:
         events = self._events.get(eqn)
         number, self._next_completion = self._next_completion, self._next_completion + 1
         queue = CompletionQueue(number, ring, log_size, uar, eqn, record)
+        generation = self._generation
         try:
             for index in range(1 << log_size):
                 entry = self._bus().dma_read(ring.at(index * CQE_SIZE), CQE_SIZE)
@@ -106,6 +107,8 @@ class Transport:
             self._bus().dma_read(record, 8)
         except BusError as error:
             raise RefusedError(Status.BAD_PARAM, 0x601, f"the completion queue is no memory: {error}") from error
+        if generation != self._generation:
+            raise RefusedError(Status.BAD_SYS_STATE, 0x60B, "the function was reset", mistake=False)
         self._completions[number] = queue
         events.users.add(number)
         return number
@@ -165,7 +168,7 @@ class Transport:
 
     def create_pair(self, pd: int, ring: Ring | None, log_size: int, record: int, cqn: int) -> int:
         """A new queue pair in the state RESET; its number."""
-        self._keys.use_domain(pd, 1)
+        self._keys.use_domain(pd, 0)
         if ring is not None:
             queue = self.completions(cqn)
             try:
@@ -174,6 +177,7 @@ class Transport:
                 raise RefusedError(Status.BAD_PARAM, 0x604, f"the doorbell record is no memory: {error}") from error
             queue.users.add(self._next_pair)
         number, self._next_pair = self._next_pair, self._next_pair + 1
+        self._keys.use_domain(pd, 1)
         self._pairs[number] = QueuePair(number, pd, ring, log_size, record, cqn)
         return number
 
@@ -216,6 +220,8 @@ class Transport:
             if posted and target.ring is not None:
                 self._deliver(target, target.ring, immediate, data)
         except (BusError, RefusedError) as error:
+            if generation != self._generation:
+                return
             self._break(target, str(error))
             self._break(source, f"its remote pair {target.number:#x} failed")
             done(False)

@@ -1,7 +1,7 @@
 """The layouts against bytes that were made elsewhere, and against each other for any numbers."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.mlx5.models import commands_eswitch, messages
@@ -189,12 +189,14 @@ def test_signatures_are_those_of_the_documents():
     assert xor(mailbox) == 0xFF
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=700))
 def test_folding_is_the_same_as_one_byte_after_another(data):
     assert xor(data) == plain_xor(data)
 
 
 @pytest.mark.parametrize(("name", "layout"), ALL, ids=[name for name, _ in ALL])
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_values_come_back(name, layout, data):
     values = {field: data.draw(st.integers(0, layout.limit(field)), label=field) for field in layout}
