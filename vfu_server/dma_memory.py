@@ -39,6 +39,8 @@ class DmaMemory:
         self._host = host
         self._taken: list[tuple[int, int]] = []
         """(iova, size), ascending: what is mapped, or about to be."""
+        self._going: set[tuple[int, int]] = set()
+        """Of these, what is being unmapped."""
 
     async def allocate(self, size: int, alignment: int = PAGE_SIZE, limit: int = 1 << 64) -> DmaBuffer:
         """Zeroed memory at one contiguous range of iovas, rounded up to whole pages.
@@ -63,15 +65,15 @@ class DmaMemory:
         before. A device that is gone has lost it already. Raised or cancelled: it is mapped still.
         """
         place = (buffer.iova, buffer.size)
-        if place not in self._taken:
+        if place not in self._taken or place in self._going:
             raise PluginError(f"{self._host.name}: no DMA memory of {buffer.size} bytes at {buffer.iova:#x} to free")
-        self._taken.remove(place)
+        self._going.add(place)
         try:
             with suppress(DeviceGoneError):
                 await self._host.dma_unmap(buffer.iova, buffer.size)
-        except BaseException:
-            bisect.insort(self._taken, place)
-            raise
+            self._taken.remove(place)  # only now: until it is unmapped nobody else may be given the place
+        finally:
+            self._going.discard(place)
 
     async def _map(self, iova: int, size: int) -> memoryview:
         try:

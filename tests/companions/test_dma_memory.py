@@ -78,6 +78,30 @@ def test_a_buffer_is_zeroed_whole_pages_and_goes_back():
     trio.run(main)
 
 
+def test_a_place_is_not_given_away_before_it_is_unmapped():
+    class Slow(Books):
+        async def dma_unmap(self, iova, size) -> None:
+            unmapping.set()
+            await go_on.wait()
+            await super().dma_unmap(iova, size)
+
+    unmapping, go_on = trio.Event(), trio.Event()
+
+    async def main():
+        memory = DmaMemory(Slow())
+        buffer = await memory.allocate(4096)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(memory.free, buffer)
+            await unmapping.wait()
+            assert (await memory.allocate(4096)).iova == 0x2000
+            with pytest.raises(PluginError):
+                await memory.free(buffer)
+            go_on.set()
+        assert (await memory.allocate(4096)).iova == 0x1000
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize(("size", "alignment"), [(0, 4096), (-1, 4096), (1, 0), (1, 3), (1, -4096)])
 def test_what_cannot_be_meant(size, alignment):
     async def main():
