@@ -303,15 +303,16 @@ class Engine:
 
     def _can_send(self, number: int) -> bool:
         pair = self._pairs[number]
-        return self._room(pair) and pair.send_producer > pair.send_consumer and self._wire_left() >= MOST_FRAME
+        return self._room(pair) and pair.send_producer > pair.send_consumer and self._wire_left(number) >= MOST_FRAME
 
     def _can_receive(self, number: int) -> bool:
         pair = self._pairs[number]
         waiting = pair.receive_producer > pair.receive_consumer
         return waiting and self._room(pair) and any(f.pair == number for f in self._wire)
 
-    def _wire_left(self) -> int:
-        return WIRE_BYTES - sum(len(f.payload) + _FRAME.size for f in self._wire)
+    def _wire_left(self, number: int) -> int:
+        """Bytes of the wire that pair `number` has left: one that nobody listens to does not stop the others."""
+        return WIRE_BYTES // PAIRS - sum(len(f.payload) for f in self._wire if f.pair == number)
 
     def _step(self, generation: int) -> None:
         """A burst of descriptors of each pair. Memory may make us wait, and then anything can happen in between."""
@@ -451,7 +452,7 @@ class Engine:
             return
         pair = self._pairs[settings.pair]
         self.changes += 1
-        if self._wire_left() < MOST_FRAME:
+        if self._wire_left(settings.pair) < MOST_FRAME:
             settings.dropped += 1
         else:
             settings.generated += 1
