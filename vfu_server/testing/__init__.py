@@ -8,10 +8,17 @@ It shares no code with the server's C half; it must not be imported by the serve
     guest        all of it in QEMU's order
     migrate      moving a device between two servers
     edu          a guest's driver for the edu device
+    models       a software model as a process   fake_host   a door made of register tables
+    failing      a device that fails on order
+
+Of the server's own parts, and imported from where they are: `serving` (a plugin's device served in this process),
+`conformance` (the suite of `vfu-plugin check`), `pytest_plugin` (fixtures).
 """
 
 from vfu_server.testing.client import QEMU_CAPABILITIES, Client, DeviceInfo, Version, dirty_pages
 from vfu_server.testing.edu import EduDriver
+from vfu_server.testing.failing import FailingDevice
+from vfu_server.testing.fake_host import FakeHost
 from vfu_server.testing.guest import Guest
 from vfu_server.testing.interrupts import Interrupts
 from vfu_server.testing.memory import GuestMemory
@@ -26,6 +33,7 @@ from vfu_server.testing.migrate import (
     save,
     save_early,
 )
+from vfu_server.testing.models import ModelProcess
 from vfu_server.testing.wire import (
     Connection,
     ConnectionClosedError,
@@ -43,12 +51,15 @@ __all__ = [
     "ConnectionClosedError",
     "DeviceInfo",
     "EduDriver",
+    "FailingDevice",
+    "FakeHost",
     "Guest",
     "GuestMemory",
     "Interrupts",
     "Memory",
     "Message",
     "MigrationRecord",
+    "ModelProcess",
     "Progress",
     "ProtocolError",
     "ReplyError",
