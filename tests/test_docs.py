@@ -38,7 +38,10 @@ from vfu_server import (
 from vfu_server.exit_codes import MEANINGS, ExitCode
 from vfu_server.migration import Arc, Step
 from vfu_server.model_server import program
+from vfu_server.testing import pytest_plugin
+from vfu_server.testing.conformance import CHECKS
 from vfu_server.tools import migrate as tool_migrate
+from vfu_server.tools import plugin as tool_plugin
 from vfu_server.tools import stream as tool_stream
 from vfu_server.tools.outcome import Outcome
 
@@ -64,6 +67,8 @@ DOCTOR_OPTIONS = options_of(cli_doctor.build()) - {"--help"}
 TRACE_OPTIONS = options_of(cli_trace.build()) - {"--help"}
 HNS_MODEL_OPTIONS = options_of(hns_models._parser())
 TOOL_OPTIONS = options_of(tool_migrate.build()) | options_of(tool_stream.build())
+PLUGIN_TOOL = "docs/plugins/vfu-plugin.md"
+PLUGIN_OPTIONS = options_of(tool_plugin.build()) - {"--help"}
 
 
 # --- what operators read
@@ -92,7 +97,7 @@ def test_every_option_of_a_model_is_in_its_table():
 def test_options_in_the_text_exist(path):
     named = set(re.findall(r"`(--[a-z][\w-]*)[`= ]", prose(path)))
     models = MODEL_OPTIONS | CARD_OPTIONS | HNS_MODEL_OPTIONS
-    known = SERVER_OPTIONS | models | DOCTOR_OPTIONS | TRACE_OPTIONS | TOOL_OPTIONS
+    known = SERVER_OPTIONS | models | DOCTOR_OPTIONS | TRACE_OPTIONS | TOOL_OPTIONS | PLUGIN_OPTIONS
     assert named - known == set()
 
 
@@ -104,6 +109,20 @@ def test_every_option_of_the_card_is_in_its_table():
 def test_every_option_of_the_tools_is_in_their_table():
     documented = {name for row in table(TOOLS, "option") for name in re.findall(r"`(--[\w-]+)`", row[0])}
     assert documented == TOOL_OPTIONS
+
+
+def test_every_option_and_check_of_vfu_plugin_is_documented():
+    rows = table(PLUGIN_TOOL, "option")
+    assert {name for row in rows for name in re.findall(r"`(--[\w-]+)`", row[0])} == PLUGIN_OPTIONS
+    assert [row[0] for row in table(PLUGIN_TOOL, "check")] == [f"`{each.name}`" for each in CHECKS]
+    shown = [line for block in blocks(TREE / PLUGIN_TOOL, "console") for line in commands(block)]
+    for line in shown:
+        assert tool_plugin.build().parse_known_args(shlex.split(line)[1:])[0].word in line
+
+
+def test_every_fixture_is_documented():
+    documented = {row[0].strip("`").partition("(")[0] for row in table("docs/plugins/testing.md", "fixture")}
+    assert documented == {name for name in vars(pytest_plugin) if name.startswith("vfu_")}
 
 
 def test_exit_codes_of_the_tools():

@@ -68,7 +68,7 @@ def test_the_walk_through_is_a_plugin_that_migrates(site, sockets):
 def refuse_a_cut_stream(source_socket: str, destination_socket: str) -> None:
     """What docs/plugins/testing.md shows, with a real stream."""
     kit: dict[str, object] = {}
-    (shown,) = blocks(AUTHORS / "testing.md", "python")
+    shown = blocks(AUTHORS / "testing.md", "python")[0]
     exec(compile(shown.body, shown.where, "exec"), kit)
     with Client.connect(source_socket) as source, Client.connect(destination_socket) as destination:
         source.negotiate()

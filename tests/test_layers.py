@@ -11,7 +11,10 @@ PACKAGE = "vfu_server"
 
 # High to low. A name stands for the module and all below it, and the longest match counts. A new module is added here.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("cli", "demo", "tools", "__main__"),
+    (
+        *("cli", "demo", "tools", "__main__", "model_server.__main__"),
+        *("testing.serving", "testing.conformance", "testing.pytest_plugin"),
+    ),
     (
         *("server", "plugins", "config", "notify", "sockets", "logs", "metrics", "trace", "capabilities"),
         *("exit_codes", "doctor"),

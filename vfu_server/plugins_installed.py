@@ -10,6 +10,10 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 GROUP = "vfu_server"
 _SUFFIXES = (".dist-info", ".egg-info")
@@ -81,11 +85,15 @@ def _in_metadata() -> Iterator[Entry]:
     import importlib.metadata
 
     for point in importlib.metadata.entry_points(group=GROUP):
-        distribution = point.dist
-        name = _normalized(distribution.name) if distribution else ""
-        yield Entry(
-            point.name, point.value.partition("[")[0].strip(), name, distribution.version if distribution else "unknown"
-        )
+        name, version = _identity(point.dist)
+        yield Entry(point.name, point.value.partition("[")[0].strip(), name, version)
+
+
+def _identity(distribution: "Distribution | None") -> tuple[str, str]:
+    """Name and version, also of one whose metadata is broken: then importlib gives None, whatever its types say."""
+    found: tuple[object, object] = (None, None) if distribution is None else (distribution.name, distribution.version)
+    name, version = found
+    return _normalized(name) if isinstance(name, str) else "", version if isinstance(version, str) else "unknown"
 
 
 def _normalized(distribution: str) -> str:

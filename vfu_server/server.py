@@ -24,6 +24,7 @@ from vfu_server.server_stage import CLOSE_DEADLINE, Stage
 from vfu_server.sockets import Listener
 
 if TYPE_CHECKING:
+    from vfu_server.plugins import Plugins
     from vfu_server.server_companions import CompanionDoors
     from vfu_server.server_device import ServedDevice
 
@@ -36,13 +37,16 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TELL_SIGNAL = signal.SIGUSR1
 
 
-def run(config: ServerConfig) -> ExitCode:
-    """Serve until a signal or until no device is left. Raises what kept the server from starting."""
+def run(config: ServerConfig, plugins: "Plugins | None" = None) -> ExitCode:
+    """Serve until a signal or until no device is left. Raises what kept the server from starting.
+
+    `plugins`: others than those that are installed, or installed ones that are watched.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    return trio.run(_serve, config)
+    return trio.run(_serve, config, plugins)
 
 
-async def _serve(config: ServerConfig) -> ExitCode:
+async def _serve(config: ServerConfig, plugins: "Plugins | None") -> ExitCode:
     notifier = Notifier.from_environ(os.environ)
     from vfu_server.server_companions import CompanionDoors
 
@@ -52,7 +56,7 @@ async def _serve(config: ServerConfig) -> ExitCode:
         try:
             listeners += _metrics_listeners(config)
             companions = CompanionDoors()
-            devices = _devices(config, listeners[: len(config.devices)], companions)
+            devices = _devices(config, listeners[: len(config.devices)], companions, plugins)
         except BaseException:
             for listener in listeners:
                 listener.close()
@@ -95,14 +99,16 @@ async def _serve_metrics(listener: Listener, process: "_Process") -> None:
         logger.error("metrics can no longer be read: %s", error.exceptions[0])
 
 
-def _devices(config: ServerConfig, listeners: Sequence[Listener], companions: "CompanionDoors") -> list["ServedDevice"]:
+def _devices(
+    config: ServerConfig, listeners: Sequence[Listener], companions: "CompanionDoors", plugins: "Plugins | None"
+) -> list["ServedDevice"]:
     """The devices, not opened yet, their plugins loaded. Raises PluginError, UsageError (no such model)."""
     from vfu_server.plugins import Plugins
     from vfu_server.server_device import ServedDevice
     from vfu_server.session_machine import machines
     from vfu_server.session_peers import Peers
 
-    plugins, peers = Plugins(), Peers()
+    plugins, peers = plugins or Plugins(), Peers()
     together = machines({device.name: device.machine for device in config.devices})
     devices = [
         ServedDevice(device, plugins, listener, peers, companions, together[device.name])

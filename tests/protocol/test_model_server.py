@@ -561,6 +561,10 @@ from vfu_server.hookspecs import hookimpl
 VFU_SERVER_API = 1
 
 @hookimpl
+def vfu_server_probe(host, options):
+    return None
+
+@hookimpl
 def vfu_server_models():
     return {"thing": ModelCommand("plugins.generic_dmaq.models", "an edu", ["edu"])}
 """
@@ -573,6 +577,6 @@ def vfu_server_models():
         client.negotiate()
         assert client.read(0, 0, 4) == 0x010000ED
     done = run_model("other", module="vfu_server.model_server")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no model 'other'; models:\n" in done.stderr
     assert "  thing        an edu\n" in done.stderr
