@@ -225,7 +225,7 @@ class Plugins:
         found: dict[str, list[tuple[Plugin, ModelCommand]]] = {}
         for plugin in self.select(name):
             for models in self._ask(plugin, "vfu_server_models"):
-                for model, command in models.items():
+                for model, command in _checked_models(plugin, models):
                     found.setdefault(model, []).append((plugin, command))
         return found
 
@@ -255,9 +255,15 @@ class Plugins:
         """What `plugin` says of itself."""
         summary, policies, registers = "", {}, {}
         for answer in self._ask(plugin, "vfu_server_describe", options=options):
-            summary = str(answer.get("summary", summary))
-            policies.update(answer.get("policies", {}))
-            registers.update(answer.get("registers", {}))
+            try:
+                summary = str(answer.get("summary", summary))
+                policies.update(answer.get("policies", {}))
+                registers.update(answer.get("registers", {}))
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {plugin.name!r}: vfu_server_describe returned {type(answer).__name__}, "
+                    f"which is no description: {_one_line(error)}"
+                ) from error
         return Description(summary, policies, registers)
 
 
@@ -273,6 +279,13 @@ def exactly_one(taken: Sequence[Taken], plugin: str, host: HostDevice) -> Taken:
     if plugin == AUTO:
         raise HostError(f"no installed plugin takes {ids}: see --list-plugins")
     raise HostError(f"plugin {plugin!r} does not take {ids}: choose another with --plugin, or --plugin auto")
+
+
+def _checked_models(plugin: Plugin, models: object) -> list[tuple[str, ModelCommand]]:
+    """What vfu_server_models returned. PluginError if it is no mapping of names to commands."""
+    if not isinstance(models, Mapping) or not all(isinstance(each, ModelCommand) for each in models.values()):
+        raise PluginError(f"plugin {plugin.name!r}: vfu_server_models returned {models!r}, no names with ModelCommands")
+    return [(str(name), command) for name, command in models.items()]
 
 
 def _title(entry: Entry) -> str:

@@ -209,3 +209,28 @@ def test_capabilities_load_no_plugin(site) -> None:
     assert said["version"] == importlib.import_module("vfu_server").__version__
     assert {"socket-path", "fd"} <= set(said["features"])
     assert "loud" in said["plugins"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "body", "said"),
+    [
+        ("vfu_server_models()", "return ['toy']", "vfu_server_models returned ['toy'], no names with ModelCommands"),
+        ("vfu_server_models()", "return {'toy': 'toy'}", "no names with ModelCommands"),
+        ("vfu_server_describe(options)", "return 'a toy'", "vfu_server_describe returned str, which is no description"),
+        ("vfu_server_describe(options)", "return {'policies': 7}", "which is no description: TypeError"),
+        (
+            "vfu_server_describe(options)",
+            "raise ValueError('a bug')",
+            "failed in vfu_server_describe: ValueError: a bug",
+        ),
+    ],
+)
+def test_answers_of_the_wrong_kind_stop_no_listing(tmp_path, hook, body, said):
+    """Nor the versions of the others."""
+    install(tmp_path / "site", "odd", {"odd": PROBE + f"@hookimpl\ndef {hook}:\n    {body}\n"})
+    done = run("--list-plugins", sites=[tmp_path / "site"])
+    assert (done.returncode, said in done.stdout) == (0, True), done.stdout + done.stderr
+    assert "generic_dmaq" in done.stdout
+    done = run("--version", sites=[tmp_path / "site"])
+    assert "plugin odd 1.0" in done.stdout
+    assert done.returncode == 0
