@@ -31,9 +31,10 @@ MODULES = (
 QUOTE = "'"
 HEAD = """# Reference of the kit
 
-Made from the kit's sources by `python -m tools.kit_reference --write`; a test fails when it is not current. What is called
-when, and what holds afterwards, is in [the contract](contract.md). Numbers and layouts of the kernel's interface are in
-`vfu_server/uapi.py` by the kernel's names; a model's program is `vfu_server.model_server.main` or `main_functions`.
+Made from the kit's sources by `python -m tools.kit_reference --write`; a test fails when it is not current. What is
+called when, and what holds afterwards, is in [the contract](contract.md). Numbers and layouts of the kernel's interface
+are in `vfu_server/uapi.py` by the kernel's names; a model's program is `vfu_server.model_server.main` or
+`main_functions`.
 """
 
 
