@@ -76,7 +76,7 @@ def test_any_model_by_its_name(folder):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ((), 2, "no model is named; models:\n  edu "),
+        ((), 2, "no model is named; models:\n"),
         (("toaster",), 2, "there is no model 'toaster'"),
         (("vfio/edu",), 2, "there is no model 'vfio/edu'"),
         (("--help",), 0, "usage: vfu-model NAME --socket-path PATH"),

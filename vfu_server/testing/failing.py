@@ -18,6 +18,7 @@ from vfu_server.companion import Companions
 from vfu_server.device import (
     Capabilities,
     Device,
+    DeviceLog,
     PrecopyInfo,
     SavePhase,
     Section,
@@ -179,6 +180,10 @@ class FailingDevice(Device):
     @property
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities
+
+    @property
+    def dirty_log(self) -> DeviceLog | None:
+        return self.inner.dirty_log
 
     def trap_read(self, region: int, offset: int, width: int) -> int:
         self._sync("trap_read")
