@@ -126,6 +126,11 @@ class FakeHost:
         for at, byte in enumerate(data):
             self.write(region, offset + at, 1, byte)
 
+    def write_wide(self, region: int, offset: int, data: bytes) -> None:
+        """Two writes of 8 bytes, the low half first: registers of the table are no wider."""
+        for at in (0, 8):
+            self.write(region, offset + at, 8, int.from_bytes(data[at : at + 8], "little"))
+
     def identity(self) -> Identity:
         self._check()
         return self._identity
