@@ -195,6 +195,7 @@ class Session:
     async def _serve(self, sock_fd: int, idle: trio.Event) -> None:
         self._clients += 1
         self._touched = self._messages.precopy_flags = False
+        self._messages.notice.renew()
         self._peers.connect(self._name, self._host, client_process(sock_fd))
         self._machine.present(self._name, self._migration.state)
         try:

@@ -21,6 +21,7 @@ from vfu_server.session_config import without_flr
 from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_migration import Migration
+from vfu_server.session_notice import MigrationNotice
 from vfu_server.uapi import Command, Feature, IrqIndex, RegionIndex
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Messages:
         self.armed: set[int] = set()
         self.precopy_flags = False
         """The present client wants the flags of MIG_PRECOPY_INFO."""
+        self.notice = MigrationNotice()
         self._memory = memory
         self._handlers: dict[Command, Callable[[Message], Awaitable[bytes]]] = {
             Command.DEVICE_SET_IRQS: self._set_irqs,
@@ -80,6 +82,7 @@ class Messages:
         data = data[:count] if kind == uapi.IRQ_SET_DATA_BOOL else b""
         if flags & uapi.IRQ_SET_ACTION_TRIGGER and kind == uapi.IRQ_SET_DATA_EVENTFD:
             await self._arm(index, self._host.set_irqs(index, flags, start, count, data, message.fds))
+            self.notice.armed(index)
             return b""
         await self._host.set_irqs(index, flags, start, count, data, message.fds)
         if flags & uapi.IRQ_SET_ACTION_TRIGGER and kind == uapi.IRQ_SET_DATA_NONE and count == 0:
@@ -134,6 +137,7 @@ class Messages:
     # features
 
     async def _device_feature(self, message: Message) -> bytes:
+        self.notice.feature_asked()
         # Memory that the hardware cannot reach would not be the same on the other side.
         flags = 0 if self._memory.unreachable else self._migration.flags
         request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))

@@ -132,6 +132,7 @@ def test_message_signalled_interrupt(qemu: QemuRoot, server: Server, tmp_path: P
             qtest.write(BAR + 0x60, 4, bits)
             until(lambda data=data: qtest.read(MAILBOX, 4) == data, f"message {data:#x} does not arrive")
             qtest.write(MAILBOX, 4, 0)
+    assert server.wait_log("the client has never asked").count("never asked") == 1
 
 
 def test_pin_interrupt(qemu: QemuRoot, server: Server, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A guest moves with its edu between two QEMUs, each with a server of its own; qtest is its processor."""
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,11 +10,18 @@ from tests.qemu_migration import edu_guest
 from tests.qemu_migration.edu_guest import BAR, BUFFER, MAILBOX, PAGE, begin, copy, finish, set_up, until
 from tests.qemu_migration.monitor import QmpError
 from tests.qemu_migration.moves import move, prepare, start
-from tests.qemu_migration.side import SLOT, side
+from tests.qemu_migration.side import SLOT, Side, side
 from tools.qemu_root import QemuRoot
 
 DATA = bytes((7 * at + at // 256) % 256 for at in range(PAGE))
 INCOMING = ("-incoming", "defer")
+
+
+def memory(one: Side, file: Path) -> bytes:
+    """A digest of all of the guest's memory."""
+    one.monitor.execute("pmemsave", val=0x100000, size=(160 << 20) - 0x100000, filename=str(file))
+    with file.open("rb") as saved:
+        return hashlib.file_digest(saved, "sha256").digest()
 
 
 def test_config_registers_buffer_and_memory_arrive(qemu: QemuRoot, tmp_path: Path) -> None:
@@ -27,6 +35,7 @@ def test_config_registers_buffer_and_memory_arrive(qemu: QemuRoot, tmp_path: Pat
         config = [guest.config_read(SLOT, at, 4) for at in range(0, 256, 4)]
         found = move(first, second)
         assert found["vfio"]["transferred"] > PAGE
+        assert memory(first, tmp_path / "left") == memory(second, tmp_path / "arrived")
         guest = second.guest
         assert [guest.config_read(SLOT, at, 4) for at in range(0, 256, 4)] == config
         assert guest.read(BAR + 4, 4) == 0xEDCBA987

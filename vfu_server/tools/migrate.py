@@ -17,7 +17,7 @@ from vfu_server.errors import UsageError, VfuServerError
 from vfu_server.testing.client import Client
 from vfu_server.testing.migrate import Progress, migrate
 from vfu_server.testing.wire import ConnectionClosedError, ReplyError
-from vfu_server.tools import migrate_file, migrate_show
+from vfu_server.tools import migrate_file, migrate_qmp, migrate_show
 from vfu_server.tools.outcome import Outcome, end, place_error
 from vfu_server.uapi import MigState
 
@@ -27,6 +27,9 @@ examples:
   Move a device from one server to another, and stay its client until Ctrl-C.
     vfu-migrate --hold /run/vfu/old.sock /run/vfu/new.sock
 
+  Ask a QEMU whether its migration would carry its vfio-user devices.
+    vfu-migrate --qmp /run/vm/qmp.sock
+
   Save a device's state, look at it, and put it into another.
     vfu-migrate save /run/vfu/old.sock state.bin
     vfu-stream inspect state.bin
@@ -35,7 +38,8 @@ examples:
 A server resets a device whose client has gone: what was moved runs for as long as this program is its client (--hold).
 
 exit codes:
-    0  done: the destination runs with the state; for save: the file is whole and the source runs
+    0  done: the destination runs with the state; for save: the file is whole and the source runs; for --qmp: a
+       migration carries the devices' state, or there are no devices of ours
     1  not done; the error says in which step and why, and what became of the source
     2  the command line cannot be meant
     3  a file or socket cannot be had
@@ -50,14 +54,19 @@ def build() -> argparse.ArgumentParser:
     """The parser."""
     parser = Parser(
         prog=PROGRAM,
-        usage="%(prog)s [options] (SRC_SOCKET DST_SOCKET | save SOCKET FILE | load FILE SOCKET)",
+        usage="%(prog)s [options] (SRC_SOCKET DST_SOCKET | save SOCKET FILE | load FILE SOCKET | --qmp SOCKET)",
         description="Move a device's state between two vfio-user servers, or between a server and a file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "words", nargs="+", metavar="WHAT", help="two sockets; or save SOCKET FILE; or load FILE SOCKET"
+        "words", nargs="*", metavar="WHAT", help="two sockets; or save SOCKET FILE; or load FILE SOCKET"
+    )
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        help="move nothing: ask the QEMU with this QMP socket whether it can migrate its vfio-user devices",
     )
     parser.add_argument(
         "--no-pre-copy", action="store_true", help="stop the source at once, even if both sides could do more before"
@@ -92,6 +101,10 @@ Job = Callable[[argparse.Namespace, Stopped], Outcome]
 
 def _job(arguments: argparse.Namespace) -> Job:
     words = arguments.words
+    if arguments.qmp is not None:
+        if words or arguments.no_pre_copy or arguments.hold:
+            raise UsageError("--qmp goes with nothing but --quiet")
+        return _examine
     if len(words) == 2:
         return _move
     if len(words) != 3 or words[0] not in ("save", "load"):
@@ -100,6 +113,12 @@ def _job(arguments: argparse.Namespace) -> Job:
         if given:
             raise UsageError(f"{name} has no meaning for {words[0]}")
     return _save if words[0] == "save" else _load
+
+
+def _examine(arguments: argparse.Namespace, _stopped: Stopped) -> Outcome:
+    verdict = migrate_qmp.examine(arguments.qmp)
+    _print(arguments, verdict.lines())
+    return Outcome.GOOD if verdict.good else Outcome.BAD
 
 
 def _move(arguments: argparse.Namespace, stopped: Stopped) -> Outcome:
