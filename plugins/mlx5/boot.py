@@ -13,6 +13,7 @@ from typing import Final
 from plugins.mlx5 import contexts
 from plugins.mlx5.bits import Layout
 from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.contexts import CAP_GENERAL, CAP_GENERAL_2, GENERAL, GENERAL_2, MODE_CURRENT, MODE_MAX
 from plugins.mlx5.layouts import (
     ACCESS_REG,
@@ -58,9 +59,7 @@ class Adapter:
     general_2: Caps
 
 
-async def query_caps(
-    queue: CommandQueue, kind: int, layout: Layout, mode: int = MODE_CURRENT, function: int = 0
-) -> Caps:
+async def query_caps(queue: Commands, kind: int, layout: Layout, mode: int = MODE_CURRENT, function: int = 0) -> Caps:
     """A capability block of the function itself, or of `function` (n + 1: its virtual function n)."""
     answer = await queue.call(
         QUERY_HCA_CAP, op_mod=kind << 1 | mode, other_function=int(function > 0), function_id=function
@@ -68,7 +67,7 @@ async def query_caps(
     return Caps(layout, answer.data[HEAD : HEAD + contexts.CAP_SIZE])
 
 
-async def set_caps(queue: CommandQueue, kind: int, block: bytes, function: int = 0) -> None:
+async def set_caps(queue: Commands, kind: int, block: bytes, function: int = 0) -> None:
     """Set a whole capability block, as it was queried but for what is to change."""
     await queue.call(SET_HCA_CAP, op_mod=kind << 1, tail=block, other_function=int(function > 0), function_id=function)
 
@@ -104,7 +103,7 @@ async def bring_down(queue: CommandQueue, pages: Pages) -> None:
     await queue.call(DISABLE_HCA, function_id=0)
 
 
-async def _set_issi(queue: CommandQueue) -> None:
+async def _set_issi(queue: Commands) -> None:
     """Interface step 1 where it is offered; older firmware goes on with 0, as for Linux."""
     try:
         supported = (await queue.call(QUERY_ISSI))["supported"]
@@ -115,12 +114,12 @@ async def _set_issi(queue: CommandQueue) -> None:
         await queue.call(SET_ISSI, current_issi=1)
 
 
-async def _tell_endianness(queue: CommandQueue) -> None:
+async def _tell_endianness(queue: Commands) -> None:
     data = bytes((_BIG if sys.byteorder == "big" else 0,)) + bytes(15)
     await queue.call(ACCESS_REG, register_id=HOST_ENDIANNESS, tail=data, room=len(data))
 
 
-async def _set_general(queue: CommandQueue) -> None:
+async def _set_general(queue: Commands) -> None:
     """The current capabilities, with no checksums, pages of 4 KiB, and what newer firmware offers to be tidier."""
     offered = await query_caps(queue, CAP_GENERAL, GENERAL, MODE_MAX)
     block = bytearray((await query_caps(queue, CAP_GENERAL, GENERAL)).data)
@@ -132,7 +131,7 @@ async def _set_general(queue: CommandQueue) -> None:
     await set_caps(queue, CAP_GENERAL, bytes(block))
 
 
-async def _psid(queue: CommandQueue) -> str:
+async def _psid(queue: Commands) -> str:
     """The board's id, which the two ends of a migration must share; empty where the firmware does not tell."""
     try:
         number = (await queue.call(QUERY_ADAPTER))["psid"]

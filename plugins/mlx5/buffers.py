@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable
 from typing import Final
 
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.layouts import ALLOC_PD, CREATE_MKEY, DEALLOC_PD, DESTROY_MKEY
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
 from vfu_server.errors import HostError, VfuServerError
@@ -25,12 +25,12 @@ LARGEST_PIECE: Final = 64 << 20
 _MTT: Final = 1
 
 
-async def alloc_pd(queue: CommandQueue) -> int:
+async def alloc_pd(queue: Commands) -> int:
     """A protection domain."""
     return (await queue.call(ALLOC_PD))["pd"]
 
 
-async def dealloc_pd(queue: CommandQueue, pd: int) -> None:
+async def dealloc_pd(queue: Commands, pd: int) -> None:
     """It is not used any more."""
     await queue.call(DEALLOC_PD, pd=pd)
 
@@ -101,7 +101,7 @@ class StateBuffer:
                 found.append((piece, start, first, last))
         return found
 
-    async def register(self, queue: CommandQueue, pd: int) -> None:
+    async def register(self, queue: Commands, pd: int) -> None:
         """Make an mkey over all of it, addresses in it being offsets."""
         entries = self.entries
         octwords = -(-len(entries) // 2)
@@ -123,7 +123,7 @@ class StateBuffer:
         )
         self.mkey = answer["mkey_index"] << 8
 
-    async def free(self, queue: CommandQueue) -> None:
+    async def free(self, queue: Commands) -> None:
         """Destroy the mkey and give the memory back; the memory also if the mkey cannot be destroyed any more."""
         try:
             if self.mkey:

@@ -8,11 +8,11 @@ import errno
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 import trio
 
+from plugins.mlx5.commands import NOTHING, Answer, Commands
 from plugins.mlx5.contexts import COMMAND_ENTRY
 from plugins.mlx5.init_segment import InitSegment
 from plugins.mlx5.layouts import Command
@@ -28,25 +28,8 @@ MAX_LOG_ENTRIES: Final = 5
 MIN_LOG_STRIDE: Final = 6
 USUAL_BLOCKS: Final = 8
 """Mailboxes that a slot begins with, each way: enough for a capability block."""
-NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 FIRST_PAUSE: Final = 0.00005
 LONGEST_PAUSE: Final = 0.01
-
-
-class Answer:
-    """What a command gave back: fields by name, and what follows the fixed part."""
-
-    def __init__(self, command: Command, data: bytes) -> None:
-        self._layout = command.output
-        self.data = data
-
-    def __getitem__(self, name: str) -> int:
-        return self._layout.get(self.data, name)
-
-    @property
-    def tail(self) -> bytes:
-        """What follows the fixed part."""
-        return self.data[self._layout.size :]
 
 
 class _Slot:
@@ -74,7 +57,7 @@ class _Slot:
         return Chain(memory[:half], iova), Chain(memory[half : 2 * half], iova + half)
 
 
-class CommandQueue:
+class CommandQueue(Commands):
     """The queue. `open` first; after `fail` every call raises.
 
     The last slot is kept for `call(..., pages=True)`: feeding pages must not wait for a command that waits for pages.
@@ -94,6 +77,7 @@ class CommandQueue:
         self._token = 0
         self._failure: HostError | None = None
         self._seconds = 60.0
+        self.epoch = 0
         self.in_flight = 0
         self.counts: Counter[str] = Counter()
 
@@ -114,6 +98,7 @@ class CommandQueue:
         self.segment.write("cmdq_addr_low", page.iova & 0xFFFFF000)
         await self.segment.wait_initialized(timeouts.init)
         self._failure = None
+        self.epoch += 1
 
     async def close(self) -> None:
         """Give the memory back. The device must have been reset, or not use the queue any more."""
@@ -149,12 +134,6 @@ class CommandQueue:
         pages: bool = False,
         **fields: int,
     ) -> Answer:
-        """Send a command and wait for its answer: `values` and `fields` are its fields, `tail` follows its fixed part,
-        and `room` bytes the answer's.
-
-        It is not given up when the caller is cancelled: whoever owns the memory that it uses learns its end. Raises
-        CommandError, CommandTimeoutError (it may still act), PfDeadError.
-        """
         message = command.encode(op_mod, tail, **values, **fields)
         length = command.output.size + room
         seconds = self._seconds if seconds is None else seconds

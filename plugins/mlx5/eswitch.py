@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from plugins.mlx5.boot import query_caps
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.contexts import CAP_ESWITCH, CAP_ESWITCH_FLOW_TABLE, EQE_VPORT, ESWITCH, ESWITCH_FLOW_TABLE, GENERAL
 from plugins.mlx5.layouts import (
     CREATE_FLOW_GROUP,
@@ -57,7 +57,7 @@ class _Port:
 class Eswitch:
     """The table and its rules. Vport 0 is the physical function's own, n + 1 that of virtual function n."""
 
-    def __init__(self, queue: CommandQueue, l2_entries: int) -> None:
+    def __init__(self, queue: Commands, l2_entries: int) -> None:
         self._queue = queue
         self._table: int | None = None
         self._groups: list[int] = []
@@ -70,7 +70,7 @@ class Eswitch:
         self._vlan = 0
 
     @staticmethod
-    async def offered(queue: CommandQueue, general: bytes) -> bool:
+    async def offered(queue: Commands, general: bytes) -> bool:
         """Whether this function rules its e-switch; on a BlueField its own processor may."""
         if not (GENERAL.get(general, "eswitch_manager") and GENERAL.get(general, "vport_group_manager")):
             return False

@@ -10,7 +10,7 @@ from typing import Final
 
 from plugins.mlx5.boot import Caps, query_caps
 from plugins.mlx5.buffers import StateBuffer, alloc_pd, dealloc_pd, released
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.contexts import CAP_ROCE, CQE, ROCE
 from plugins.mlx5.layouts import (
     CREATE_CQ,
@@ -49,7 +49,7 @@ class Message:
 class LoopbackPair:
     """The pair with its completion queue and receive buffer. `open` first, `close` at the end."""
 
-    def __init__(self, queue: CommandQueue, memory: DmaMemory, general: Caps, uar: int, eqn: int) -> None:
+    def __init__(self, queue: Commands, memory: DmaMemory, general: Caps, uar: int, eqn: int) -> None:
         self._queue = queue
         self._memory = memory
         self._general = general

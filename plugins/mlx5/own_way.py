@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 import trio
 
 from plugins.mlx5 import gate, identity, pf, self_test
+from plugins.mlx5.commands import Bound
 from plugins.mlx5.init_segment import InitSegment, memory_space
 from plugins.mlx5.loading import LoadSession
 from plugins.mlx5.options import Options
@@ -51,7 +52,7 @@ class OwnWay(Device):
         self._options = options
         self._firmware = firmware
         self._stack = contextlib.AsyncExitStack()
-        self._reason = "its physical function was not opened"
+        self._reason = f"whether {options.pf or 'a physical function'} lets it be migrated shows when it is served"
         self._pf: PhysicalFunction | None = None
         self._function: VirtualFunction | None = None
         self._vhca: Vhca | None = None
@@ -132,15 +133,10 @@ class OwnWay(Device):
     def _take(self, owner: PhysicalFunction, function: VirtualFunction) -> None:
         adapter = owner.adapter
         features = gate.features(adapter)
-        self._vhca = Vhca(
-            owner.queue,
-            function.vhca_id,
-            chunks=bool(features & gate.FEATURE_CHUNKS),
-            states=bool(adapter.general_2["migration_state"]),
-        )
+        self._vhca = _vhca_of(owner, function)
         self._identity = identity.driven_identity(owner.firmware, features, adapter.psid)
         if gate.can_track_pages(adapter.general, adapter.general_2):
-            self._tracker = PageTracker(owner, function.vhca_id)
+            self._tracker = PageTracker(owner, function)
         log.info(
             "%s: migrated from here, as function %d (vhca %#x) of %s, %s, %s",
             self.host.name,
@@ -262,8 +258,7 @@ class OwnWay(Device):
             if (failure := self._pf.queue.failure) is not None:
                 raise PfDeadError(f"{self.host.name}: {failure}")
             self._generation = self._pf.generation
-            if self._vhca.vhca_id != self._function.vhca_id:
-                raise StateLostError(f"{self.host.name}: its physical function knows it by another vhca_id now")
+            self._vhca = _vhca_of(self._pf, self._function)
 
     # save
 
@@ -342,6 +337,17 @@ class OwnWay(Device):
             found |= {f"pf_{name}": count for name, count in self._pf.queue.counts.items()}
             found["pf_pages"] = self._pf.pages.total
         return found
+
+
+def _vhca_of(owner: PhysicalFunction, function: VirtualFunction) -> Vhca:
+    """The commands for the function as it is now: nothing made before a reset of the physical function is named."""
+    caps = owner.adapter.general_2
+    return Vhca(
+        Bound(owner.queue),
+        function.vhca_id,
+        chunks=bool(caps["migration_in_chunks"]),
+        states=bool(caps["migration_state"]),
+    )
 
 
 @contextlib.contextmanager

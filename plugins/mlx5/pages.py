@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.layouts import MANAGE_PAGES, QUERY_PAGES
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
 from vfu_server.errors import HostError, VfuServerError
@@ -41,7 +41,7 @@ class _Piece:
 class Pages:
     """All pages that the firmware has from us."""
 
-    def __init__(self, queue: CommandQueue, memory: DmaMemory) -> None:
+    def __init__(self, queue: Commands, memory: DmaMemory) -> None:
         self._queue = queue
         self._memory = memory
         self._given: dict[int, dict[int, _Piece]] = {}

@@ -93,7 +93,9 @@ class PhysicalFunction:
         self._functions: dict[int, VirtualFunction] = {}
         self._lock = trio.Lock()
         self._watching = trio.CancelScope()
-        self._stopping = False
+        self._watch_scope = trio.CancelScope()
+        self._command = 0
+        """PCI COMMAND as it was found."""
 
     @property
     def adapter(self) -> Adapter:
@@ -112,14 +114,12 @@ class PhysicalFunction:
             raise
         except VfuServerError as error:
             log.info("%s: %s; trying again after a reset", self.host.name, error)
-            await self._forget()
-            await self.host.reset()
             try:
+                await self._reset()
                 await self._start_once()
             except VfuServerError as second:
-                await self._forget()
                 raise HostError(f"the physical function {self.host.name} does not come up: {second}") from second
-        self.nursery.start_soon(self._watch)
+        self.nursery.start_soon(self._watch, self._watch_scope)
 
     async def _start_once(self) -> None:
         self._enable_bus()
@@ -140,7 +140,7 @@ class PhysicalFunction:
         )
 
     def _enable_bus(self) -> None:
-        command = self.host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
+        self._command = command = self.host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
         wanted = command | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER
         if command != wanted:
             self.host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, wanted)
@@ -164,7 +164,7 @@ class PhysicalFunction:
 
     async def stop(self) -> None:
         """Lead it back, in order as long as it obeys."""
-        self._stopping = True
+        self._watch_scope.cancel()
         orderly = self.queue.failure is None and self._adapter is not None
         limit = trio.CancelScope()
         self.nursery.start_soon(self._limit, limit)
@@ -180,8 +180,8 @@ class PhysicalFunction:
                 await self.host.reset()
             except HostError as error:
                 log.warning("%s: it cannot be reset: %s", self.host.name, error)
-        self._watching.cancel()
         try:
+            self.host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, self._command & ~PCI_COMMAND_MASTER)
             await self._forget()
         except VfuServerError as error:
             log.debug("%s: giving its memory back: %s", self.host.name, error)
@@ -202,6 +202,13 @@ class PhysicalFunction:
             await self.events.close()
         await self.queue.call(DEALLOC_UAR, uar=self.uar)
         await boot.bring_down(self.queue, self.pages)
+
+    async def _reset(self) -> None:
+        """The function's reset, behind which it uses no memory of ours."""
+        self._watching.cancel()
+        self.queue.fail(PfDeadError(f"{self.host.name}: it is being reset"))
+        await self.host.reset()
+        await self._forget()
 
     async def _forget(self) -> None:
         """Drop what the device had: it was reset, or never got so far."""
@@ -230,13 +237,15 @@ class PhysicalFunction:
             release_all=bool(EQE.get(event, "release_all")),
         )
 
-    async def _watch(self) -> None:
+    async def _watch(self, scope: trio.CancelScope) -> None:
         """Look at the health buffer; bring the function up again if it has died."""
+        with scope:
+            await self._look()
+
+    async def _look(self) -> None:
         last, misses = -1, 0
         while True:
             await trio.sleep(HEALTH_EVERY)
-            if self._stopping:
-                return
             try:
                 why = self.segment.fatal()
                 count = self.segment.field("health_counter", "health_counter")
@@ -262,8 +271,7 @@ class PhysicalFunction:
         for attempt in range(1, RECOVERIES + 1):
             try:
                 async with self._lock:
-                    await self.host.reset()
-                    await self._forget()
+                    await self._reset()
                     await self._start_once()
                     for function in self._functions.values():
                         await self._enable(function)

@@ -6,6 +6,7 @@ mlx5vf_start_page_tracker and what follows).
 
 import errno
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,6 +14,7 @@ import trio
 
 from plugins.mlx5 import events
 from plugins.mlx5.boot import Caps, query_caps
+from plugins.mlx5.commands import Bound, Commands
 from plugins.mlx5.contexts import (
     ADV_VIRTUALIZATION,
     CAP_ADV_VIRTUALIZATION,
@@ -23,9 +25,11 @@ from plugins.mlx5.contexts import (
 )
 from plugins.mlx5.layouts import CREATE_OBJECT, DESTROY_OBJECT, MODIFY_OBJECT, QUERY_OBJECT
 from plugins.mlx5.loopback import LoopbackPair, Message
-from plugins.mlx5.pf import PhysicalFunction
-from plugins.mlx5.status import CommandError
+from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
+from plugins.mlx5.status import CommandError, PfDeadError
 from vfu_server.errors import HostError
+
+log = logging.getLogger(__name__)
 
 TRACKING, REPORTING, ERROR = 0, 1, 2
 SELECT_STATE_AND_RANGE: Final = 3
@@ -42,9 +46,10 @@ Ranges = Sequence[tuple[int, int]]
 class PageTracker:
     """The log of one virtual function. After an error in it everything counts as written: `report` raises EIO."""
 
-    def __init__(self, pf: PhysicalFunction, vhca_id: int) -> None:
+    def __init__(self, pf: PhysicalFunction, function: VirtualFunction) -> None:
         self._pf = pf
-        self._vhca_id = vhca_id
+        self._function = function
+        self._commands: Commands = Bound(pf.queue)
         self._pair: LoopbackPair | None = None
         self._object: int | None = None
         self._page = 0
@@ -59,7 +64,8 @@ class PageTracker:
         """
         await self.stop()
         pf = self._pf
-        caps = await query_caps(pf.queue, CAP_ADV_VIRTUALIZATION, ADV_VIRTUALIZATION)
+        commands = self._commands = Bound(pf.queue)
+        caps = await query_caps(commands, CAP_ADV_VIRTUALIZATION, ADV_VIRTUALIZATION)
         merged = merge(ranges, max(1, caps["max_num_range"]))
         space = _space(merged, caps)
         log_page = min(max(page_size.bit_length() - 1, caps["log_min_page_size"]), caps["log_max_page_size"])
@@ -67,16 +73,16 @@ class PageTracker:
         queue = pf.events
         if queue is None:
             raise HostError(f"{pf.host.name}: it is not up", errno.ENXIO)
-        self._pair = pair = LoopbackPair(pf.queue, pf.memory, pf.adapter.general, pf.uar, queue.eqn)
+        self._pair = pair = LoopbackPair(commands, pf.memory, pf.adapter.general, pf.uar, queue.eqn)
         self._broken, self._page = "", 1 << log_page
         try:
             await pair.open(log_message)
             self._listen(queue)
-            answer = await pf.queue.call(
+            answer = await commands.call(
                 CREATE_OBJECT,
                 op_mod=PAGE_TRACK_TYPE,
                 tail=b"".join(at.to_bytes(8, "big") + length.to_bytes(8, "big") for at, length in merged),
-                vhca_id=self._vhca_id,
+                vhca_id=self._function.vhca_id,
                 track_type=TRACK_TYPE,
                 log_addr_space_size=space,
                 log_page_size=log_page,
@@ -98,7 +104,9 @@ class PageTracker:
         pair, self._pair = self._pair, None
         try:
             if number is not None:
-                await self._pf.queue.call(DESTROY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number)
+                await self._commands.call(DESTROY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number)
+        except PfDeadError as error:
+            log.debug("%s: the log of pages is gone already: %s", self._pf.host.name, error)
         finally:
             if pair is not None:
                 await pair.close()
@@ -113,7 +121,7 @@ class PageTracker:
         if self._broken:
             raise HostError(f"{self._pf.host.name}: the log is lost: {self._broken}", errno.EIO)
         bitmap = bytearray(-(-length // (page_size * 64)) * 8)
-        await self._pf.queue.call(
+        await self._commands.call(
             MODIFY_OBJECT,
             op_mod=PAGE_TRACK_TYPE,
             obj_id=number,
@@ -165,7 +173,7 @@ class PageTracker:
         return state
 
     async def _state(self, number: int) -> int:
-        return (await self._pf.queue.call(QUERY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number))["state"]
+        return (await self._commands.call(QUERY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number))["state"]
 
     def _take(self, message: Message, bits: "_Bits") -> int:
         if len(message.data) % ADDRESS:

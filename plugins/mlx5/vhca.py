@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from plugins.mlx5.buffers import MAX_IMAGE, StateBuffer
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.layouts import (
     LOAD_VHCA_STATE,
     QUERY_VHCA_MIGRATION_STATE,
@@ -61,10 +61,10 @@ class Saved:
 
 class Vhca:
     """One function. `chunks`: the firmware gives its state in chunks; `states`: it tells how far the function is. Every
-    call raises as `CommandQueue.call`.
+    call raises as `Commands.call`.
     """
 
-    def __init__(self, queue: CommandQueue, vhca_id: int, *, chunks: bool, states: bool = False) -> None:
+    def __init__(self, queue: Commands, vhca_id: int, *, chunks: bool, states: bool = False) -> None:
         self.queue = queue
         self.vhca_id = vhca_id
         self.chunks = chunks

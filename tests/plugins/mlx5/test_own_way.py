@@ -452,6 +452,9 @@ async def test_pages_are_fed_while_another_command_waits():
 @trio_test
 async def test_a_physical_function_that_dies_is_brought_up_again(how, caplog, autojump_clock):
     async with opened() as (pf, vf, device):
+        await device.dirty_log.start([(0, 0x40000000)], 4096)
+        await device.save_begin()
+        await device.save(SavePhase.PRE_COPY, Kept())
         await device.stop(P2P)
         if how == "syndrome":
             pf.fatal = 1
@@ -463,6 +466,14 @@ async def test_a_physical_function_that_dies_is_brought_up_again(how, caplog, au
         assert "is dead" in caplog.text
         with pytest.raises(StateLostError, match="was reset"):
             await device.stop(FULL)
+        # the numbers of what was made before are others' now
+        pf.log.clear()
+        with pytest.raises(HostError, match="it was reset"):
+            await device.dirty_log.report(0, 0x1000, 4096)
+        await device.dirty_log.stop()
+        await device.save_end()
+        await device._ending.wait()
+        assert not {0x202, 0x801, 0x501, 0x401, 0xA03, 0x118} & {opcode for opcode, _, _ in pf.log}
         await device.reset()
         await stopped(device)
         assert pf.stopped == {"initiator", "responder"}
