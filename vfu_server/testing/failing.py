@@ -174,6 +174,10 @@ class FailingDevice(Device):
         return self.inner.policy
 
     @property
+    def dirty_log(self) -> DeviceLog | None:
+        return self.inner.dirty_log
+
+    @property
     def region_sizes(self) -> Mapping[int, int]:
         return self.inner.region_sizes
 

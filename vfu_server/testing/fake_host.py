@@ -28,6 +28,7 @@ from vfu_server.model_registers import RegisterModel
 from vfu_server.regmap import Block
 from vfu_server.uapi import Command, RegionIndex
 
+WIDE = 16
 LOOK_SECONDS = 0.01
 READ_WRITE = uapi.REGION_INFO_FLAG_READ | uapi.REGION_INFO_FLAG_WRITE
 
@@ -127,8 +128,9 @@ class FakeHost:
             self.write(region, offset + at, 1, byte)
 
     def write_wide(self, region: int, offset: int, data: bytes) -> None:
-        """Two writes of 8 bytes, the low half first: registers of the table are no wider."""
-        for at in (0, 8):
+        if len(data) != WIDE or offset % WIDE:
+            raise HostError(f"{self.name}: a wide write of {len(data)} bytes at {offset:#x}", errno.EINVAL)
+        for at in range(0, WIDE, 8):
             self.write(region, offset + at, 8, int.from_bytes(data[at : at + 8], "little"))
 
     def identity(self) -> Identity:

@@ -116,7 +116,9 @@ class Bench:
 
     def sizes(self) -> dict[int, int]:
         """Bytes of each BAR and the ROM that the device has."""
-        return {region.index: region.size for region in self.served("source").host.regions if region.index in BARS}
+        served = self.served("source")
+        whole = {region.index: region.size for region in served.host.regions if region.index in BARS}
+        return {**whole, **{index: size for index, size in served.inner.region_sizes.items() if index in BARS}}
 
     def renew(self, name: str) -> None:
         """The side's next client finds a device that nobody has used, as far as there is a model to be started anew."""

@@ -8,7 +8,7 @@ from vfu_server.host_device import HostDevice
 from vfu_server.testing.failing import Call
 from vfu_server.uapi import RegionIndex
 
-ACCESSES = frozenset({"read", "write", "read_block", "write_block"})
+ACCESSES = frozenset({"read", "write", "read_block", "write_block", "write_wide"})
 COROUTINES = frozenset({"reset", "device_feature", "set_irqs", "dma_map", "dma_unmap"})
 
 
