@@ -185,10 +185,6 @@ class FailingDevice(Device):
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities
 
-    @property
-    def dirty_log(self) -> DeviceLog | None:
-        return self.inner.dirty_log
-
     def trap_read(self, region: int, offset: int, width: int) -> int:
         self._sync("trap_read")
         return self.inner.trap_read(region, offset, width)
