@@ -39,6 +39,14 @@ def count(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def rate(text: str) -> float:
+    """Bytes in a second."""
+    value = float(text)
+    if not 0 < value <= 1e15:
+        raise argparse.ArgumentTypeError("a number above 0")
+    return value
+
+
 def capability(text: str) -> tuple[str, int]:
     """NAME=NUMBER of a capability."""
     name, _, number = text.partition("=")
@@ -60,7 +68,7 @@ def build() -> argparse.ArgumentParser:
     card.add_argument("--image-size", type=image_size, default=plain.image_size)
     card.add_argument("--chunk-size", type=size, default=plain.chunk_size)
     card.add_argument("--no-chunks", action="store_true")
-    card.add_argument("--save-rate", type=float, default=plain.save_rate)
+    card.add_argument("--save-rate", type=rate, default=plain.save_rate)
     for name in ("boot_pages", "init_pages", "vf_pages", "save_pages"):
         card.add_argument(f"--{name.replace('_', '-')}", type=count(0, 1 << 20), default=getattr(plain, name))
     card.add_argument("--migratable", action="store_true")

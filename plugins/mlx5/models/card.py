@@ -350,8 +350,8 @@ class Card:
         if not count:
             return
         if everything and self.pf_caps.get("release_all_pages"):
+            self.pages.forget(function)  # before the event: from then on they are the driver's
             self._send_request(function, 0, RELEASE_ALL)
-            self.pages.forget(function)
             return
         self.pages.of(function).spare += count
         while count > 0:

@@ -26,6 +26,8 @@ class SocketPort:
     def __init__(self, path: str, memory: GuestMemory) -> None:
         self.guest = Guest.connect(path, memory, timeout=30.0).start()
         self.vectors = self.guest.enable_msix(8)
+        self.others: list[SocketPort] = []
+        """Whose memory is asked for by messages while this one waits."""
 
     def read(self, region: int, offset: int, width: int) -> int:
         return self.guest.read(region, offset, width)
@@ -45,7 +47,8 @@ class SocketPort:
         while not until():
             if time.monotonic() > end:
                 raise TimeoutError(f"waited for {what}")
-            self.guest.client.serve(POLL_SECONDS)
+            for port in (self, *self.others):
+                port.guest.client.serve(POLL_SECONDS)
 
     def interrupts(self, vector: int) -> int:
         """How often it was signalled; waits for the first."""

@@ -58,3 +58,29 @@ def test_device_reset_of_the_pf_forgets_everything(tmp_path):
         assert (state["stage"], state["vf[0].enabled"], state["eqs"]) == (0, 0, 0)
         drive(card).enable_vf()
         assert (card.state()["vf[0].enabled"], card.violations) == (1, 0)
+
+
+@pytest.mark.deadline(300)
+def test_memory_by_messages_and_a_suspend_in_the_middle(tmp_path):
+    """Each access of the engine waits for the guest: a suspend ends when the one that is on its way has ended."""
+    memory = GuestMemory()
+    memory.add(0, 8 * MB, shared=False)
+    with CardProcess(tmp_path, guest_memory=memory) as card:
+        raw = drive(card)
+        vhca = raw.enable_vf()
+        card.pf.others.append(card.vfs[0])
+        traffic = Traffic(card.vfs[0], pairs=(0, 1))
+        traffic.start()
+        traffic.run(10)
+        for _ in range(3):
+            traffic.post(20)
+            raw.suspend(vhca, 0)
+            before = memory.read(0, 8 * MB)
+            for _ in range(20):
+                card.vfs[0].guest.client.serve(0.001)
+            assert memory.read(0, 8 * MB) == before, "a suspended function writes nothing"
+            raw.suspend(vhca, 1)
+            raw.go(vhca)
+            traffic.finish()
+        state = card.state()
+        assert (state["violations"], state["guest_violations"]) == (0, 0)
