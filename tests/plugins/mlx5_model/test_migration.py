@@ -158,6 +158,11 @@ def test_migration_states_are_told():
     chunked = Side()
     chunked.raw.save(chunked.vhca, chunked.buffer, track=True, size=MB // 2 + MB // 2)
     assert chunked.query(inc=True)[0] in (2, 4)
+    side.query(inc=True)
+    side.save(inc=True, track=True)
+    side.card.order("initial")
+    assert side.query(inc=True)[0] == 4
+    assert side.query(inc=True)[0] == 2
     without = Side(caps={"migration_state": 0})
     assert without.query()[0] == 0
 
