@@ -230,7 +230,7 @@ class Engine:
         if not self._scheduled and self._has_work():
             self._scheduled = True
             self._bus().call_later(STEP_SECONDS, lambda: self._step(generation))
-        if not self._generating and self._settings.interval:
+        if not self._generating and self._settings.interval and self._wire_left(self._settings.pair) >= MOST_FRAME:
             self._generating = True
             self._bus().call_later(self._settings.interval * 1e-6, lambda: self._generate(generation))
 
@@ -443,7 +443,7 @@ class Engine:
             self._bus().message(pair.vector)
 
     def _generate(self, generation: int) -> None:
-        """A frame comes from elsewhere; on a wire that is full it is lost."""
+        """A frame comes from elsewhere, unless the wire is full; then the next comes when there is room again."""
         if generation != self._generation:
             return
         self._generating = False
@@ -452,12 +452,12 @@ class Engine:
             return
         pair = self._pairs[settings.pair]
         self.changes += 1
-        if self._wire_left(settings.pair) < MOST_FRAME:
-            settings.dropped += 1
-        else:
+        if self._wire_left(settings.pair) >= MOST_FRAME:
             settings.generated += 1
             pair.sequence += 1
             self._wire.append(Frame(settings.pair, pair.sequence, generated_payload(pair.sequence, settings.length)))
+        if self._wire_left(settings.pair) < MOST_FRAME:
+            settings.dropped += 1  # the next one; no clock runs for a guest that offers no buffers
         self.go_on()
 
 

@@ -99,10 +99,11 @@ class Transport:
         queue = CompletionQueue(number, ring, log_size, uar, eqn, record)
         generation = self._generation
         try:
-            for index in range(1 << log_size):
-                entry = self._bus().dma_read(ring.at(index * CQE_SIZE), CQE_SIZE)
-                if entry[-1] >> 4 != 0xF:
-                    self._violations.note("cqe-owner", f"entry {index} of a new CQ is not marked as invalid")
+            for page_number, page in enumerate(ring.pages):
+                length = min(ring.page_size, (CQE_SIZE << log_size) - page_number * ring.page_size)
+                owners = self._bus().dma_read(page, length)[CQE_SIZE - 1 :: CQE_SIZE]
+                if any(owner >> 4 != 0xF for owner in owners):
+                    self._violations.note("cqe-owner", "entries of a new CQ are not marked as invalid")
                     break
             self._bus().dma_read(record, 8)
         except BusError as error:
