@@ -110,7 +110,8 @@ class Frame:
 
 class Engine:
     """`touch(number)` changes a part of the function's inner state and gives its new (block, version): it goes into the
-    completion, so that a lost change shows. `wrote(iova, length)` hears of each write to memory.
+    completion, so that a lost change shows. `wrote(iova, length)` hears of each write to memory. Nothing is started
+    unless `masters()`; the next doorbell after that goes on.
     """
 
     def __init__(
@@ -119,11 +120,13 @@ class Engine:
         violations: Violations,
         touch: Callable[[int], tuple[int, int]],
         wrote: Callable[[int, int], None],
+        masters: Callable[[], bool],
     ) -> None:
         self._bus = bus
         self._violations = violations
         self._touch = touch
         self._wrote = wrote
+        self._masters = masters
         self._generation = 0
         self.held = False
         self.busy = False
@@ -224,7 +227,7 @@ class Engine:
 
     def go_on(self) -> None:
         """Take up what there is to do, unless held."""
-        if self.held or not self._settings.running:
+        if self.held or not self._settings.running or not self._masters():
             return
         generation = self._generation
         if not self._scheduled and self._has_work():
@@ -334,7 +337,7 @@ class Engine:
 
     def _one(self, number: int, generation: int) -> bool:
         """One descriptor of a pair, received ones first; False: there is none, or it may not be."""
-        if self.held or generation != self._generation:
+        if self.held or generation != self._generation or not self._masters():
             return False
         if self._can_receive(number):
             return self._receive(number, generation)

@@ -158,6 +158,7 @@ class VfModel(Model):
             card.guests,
             vhca.touch,
             lambda iova, length: card.tracker.wrote(vhca.vhca_id, iova, length),
+            lambda: self.config.bus_master,
         )
         vhca.function = parts = Function(segment, queue, engine)
         firmware.add(

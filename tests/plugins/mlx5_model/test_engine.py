@@ -78,6 +78,17 @@ def test_memory_that_is_not_there_stops_the_pair(card, traffic):
         traffic.finish()
 
 
+def test_without_bus_mastering_nothing_is_started(card, traffic):
+    card.models["vf0"].config.write(4, b"\2\0")
+    traffic.post(3)
+    card.clock.advance(0.1)
+    assert traffic.poll() == 0
+    card.models["vf0"].config.write(4, b"\6\0")
+    traffic.post(1)
+    traffic.finish()
+    assert card.state()["guest_violations"] == 0
+
+
 def test_wrong_descriptors_stop_the_pair(card, traffic):
     port = card.vfs[0]
     port.store(0x100000, struct.pack(">QIIQQ", 0x110000, 4000, 0, 1, 0))
