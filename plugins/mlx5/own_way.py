@@ -158,7 +158,7 @@ class OwnWay(Device):
         """Let go of the physical function."""
         owner, function = self._pf, self._function
         if self._save is not None:
-            self._ending, self._save = self._save.end(), None
+            self._ending, self._save = self._save.end(running=self._responds), None
         if self._load is not None:
             self._load.leave()
             self._load = None
@@ -215,6 +215,10 @@ class OwnWay(Device):
                 raise
         self._both = False
 
+    @property
+    def _responds(self) -> bool:
+        return Part.RESPONDER not in self._stopped
+
     async def _suspend(self, vhca: Vhca, part: Part) -> None:
         if part not in self._stopped:
             with _told_if_unknown(self.host.name, f"suspending its {part.value}"):
@@ -253,7 +257,7 @@ class OwnWay(Device):
         self._stopped.clear()
         self._both = False
         if self._save is not None:
-            self._ending, self._save = self._save.end(), None
+            self._ending, self._save = self._save.end(running=False), None
         if self._pf is not None and self._function is not None and self._vhca is not None:
             if (failure := self._pf.queue.failure) is not None:
                 raise PfDeadError(f"{self.host.name}: {failure}")
@@ -277,7 +281,7 @@ class OwnWay(Device):
         owner, vhca = self._at_work()
         await self._quiet()
         save = SaveSession(vhca, owner.memory, owner.nursery)
-        await save.begin(running=Part.RESPONDER not in self._stopped)
+        await save.begin(running=self._responds)
         self._save = save
 
     async def save(self, phase: SavePhase, sink: Sink) -> None:
@@ -294,7 +298,7 @@ class OwnWay(Device):
         if self._save is not None:
             self._counts["images_saved"] += self._save.images
             self._counts["bytes_saved"] += self._save.bytes
-            self._ending, self._save = self._save.end(), None
+            self._ending, self._save = self._save.end(running=self._responds), None
 
     # load
 

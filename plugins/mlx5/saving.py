@@ -130,17 +130,19 @@ class SaveSession:
         while self._job is not None and not self._job.done.is_set():
             await self._job.done.wait()
 
-    def end(self) -> trio.Event:
-        """Give the session up or close it, beside; the event says that all is released."""
+    def end(self, *, running: bool) -> trio.Event:
+        """Give the session up or close it, beside; the event says that all is released. `running`: its responder does,
+        so that tracking has to be turned off; a function that is stopped stops tracking with its next save.
+        """
         ended = trio.Event()
-        self._nursery.start_soon(self._end, ended)
+        self._nursery.start_soon(self._end, ended, running)
         return ended
 
-    async def _end(self, ended: trio.Event) -> None:
+    async def _end(self, ended: trio.Event, running: bool) -> None:
         try:
             await self.settle()
             self._finish_at_last()
-            if self._tracking:
+            if self._tracking and running:
                 async with self._lock:
                     await self._stop_tracking()
         except VfuServerError as error:
