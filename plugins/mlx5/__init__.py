@@ -40,13 +40,19 @@ def vfu_server_models() -> Mapping[str, ModelCommand]:
 @hookimpl
 def vfu_server_describe(options: Mapping[str, str]) -> Mapping[str, object]:
     """A summary, and the policy of a function that stands for all."""
+    from plugins.mlx5.identity import BARE_VARIANT, VARIANT
     from plugins.mlx5.options import parse
     from plugins.mlx5.policy import EXAMPLE, EXAMPLE_TABLE, policy_of
+    from plugins.mlx5.traces import TRACED
 
     parse(options)
     sizes = {region.index: region.size for region in EXAMPLE}
     name = f"for example: a BAR of {EXAMPLE[0].size:#x} bytes with its MSI-X table at {EXAMPLE_TABLE.offset:#x}"
-    return {"summary": SUMMARY, "policies": {name: (policy_of(EXAMPLE, EXAMPLE_TABLE, p2p=True), sizes)}}
+    return {
+        "summary": SUMMARY,
+        "policies": {name: (policy_of(EXAMPLE, EXAMPLE_TABLE, p2p=True), sizes)},
+        "registers": {variant: {0: TRACED} for variant in (VARIANT, BARE_VARIANT)},
+    }
 
 
 @hookimpl

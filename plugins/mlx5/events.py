@@ -5,12 +5,12 @@ asks for) and slowly otherwise; no interrupt is needed. Source: Linux' mlx5_core
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import trio
 
-from plugins.mlx5.command_queue import CommandQueue
+from plugins.mlx5.commands import Commands
 from plugins.mlx5.contexts import EQE
 from plugins.mlx5.layouts import CREATE_EQ, DESTROY_EQ
 from plugins.mlx5.registers import swap32
@@ -52,11 +52,23 @@ Handler = Callable[[bytes], Awaitable[None]]
 
 
 class EventQueue:
-    """The one queue of a physical function. `uar`: the doorbell page that it is armed through."""
+    """One queue of a physical function. `uar`: the doorbell page that it is armed through; `types`: the events that
+    come here, none for a queue that completion queues name; `busy`: whether a command is under way.
+    """
 
-    def __init__(self, host: HostDevice, queue: CommandQueue, memory: DmaMemory, uar: int) -> None:
+    def __init__(
+        self,
+        host: HostDevice,
+        commands: Commands,
+        memory: DmaMemory,
+        uar: int,
+        types: Sequence[int] = TYPES,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._host = host
-        self._queue = queue
+        self._commands = commands
+        self._types = types
+        self._busy = busy
         self._memory = memory
         self._uar = uar
         self._buffer: DmaBuffer | None = None
@@ -83,10 +95,10 @@ class EventQueue:
         self._buffer = buffer = await self._memory.allocate(ENTRY << LOG_ENTRIES)
         for at in range(0, ENTRY << LOG_ENTRIES, ENTRY):
             buffer.memory[at + ENTRY - 1] = 1
-        words = [sum(1 << kind % 64 for kind in TYPES if kind // 64 == word) for word in range(4)]
+        words = [sum(1 << kind % 64 for kind in self._types if kind // 64 == word) for word in range(4)]
         pages = range(buffer.iova, buffer.iova + (ENTRY << LOG_ENTRIES), 4096)
         try:
-            answer = await self._queue.call(
+            answer = await self._commands.call(
                 CREATE_EQ,
                 {f"event_bitmask_{word}": mask for word, mask in enumerate(words)},
                 tail=b"".join(page.to_bytes(8, "big") for page in pages),
@@ -107,7 +119,7 @@ class EventQueue:
         if self._buffer is None:
             return
         try:
-            await self._queue.call(DESTROY_EQ, eqn=self._eqn)
+            await self._commands.call(DESTROY_EQ, eqn=self._eqn)
         finally:
             await self.release()
 
@@ -121,7 +133,7 @@ class EventQueue:
         """Look for events until cancelled."""
         while True:
             await self.drain()
-            await trio.sleep(FAST if self._queue.in_flight else SLOW)
+            await trio.sleep(FAST if self._busy() else SLOW)
 
     async def drain(self) -> int:
         """Handle what is there; returns how many."""

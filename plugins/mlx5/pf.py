@@ -126,7 +126,9 @@ class PhysicalFunction:
         self._adapter = await boot.bring_up(self.queue, self.pages)
         self.firmware = self.segment.firmware()
         self.uar = (await self.queue.call(ALLOC_UAR))["uar"]
-        self.events = EventQueue(self.host, self.queue, self.memory, self.uar)
+        if (self.uar + 1) * events.UAR_PAGE > self.host.regions[RegionIndex.BAR0].size:
+            raise HostError(f"{self.host.name}: doorbell page {self.uar} lies outside of its BAR")
+        self.events = EventQueue(self.host, self.queue, self.memory, self.uar, busy=lambda: bool(self.queue.in_flight))
         self.events.on(events.PAGE_REQUEST, self._on_page_request)
         await self.events.open()
         self._watching = trio.CancelScope()

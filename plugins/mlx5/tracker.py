@@ -14,6 +14,7 @@ import trio
 
 from plugins.mlx5 import events
 from plugins.mlx5.boot import Caps, query_caps
+from plugins.mlx5.buffers import released
 from plugins.mlx5.commands import Bound, Commands
 from plugins.mlx5.contexts import (
     ADV_VIRTUALIZATION,
@@ -23,6 +24,7 @@ from plugins.mlx5.contexts import (
     EQE_QP,
     PAGE_TRACK_TYPE,
 )
+from plugins.mlx5.events import EventQueue
 from plugins.mlx5.layouts import CREATE_OBJECT, DESTROY_OBJECT, MODIFY_OBJECT, QUERY_OBJECT
 from plugins.mlx5.loopback import LoopbackPair, Message
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
@@ -51,6 +53,7 @@ class PageTracker:
         self._function = function
         self._commands: Commands = Bound(pf.queue)
         self._pair: LoopbackPair | None = None
+        self._completions: EventQueue | None = None
         self._object: int | None = None
         self._page = 0
         self._broken = ""
@@ -73,9 +76,13 @@ class PageTracker:
         queue = pf.events
         if queue is None:
             raise HostError(f"{pf.host.name}: it is not up", errno.ENXIO)
-        self._pair = pair = LoopbackPair(commands, pf.memory, pf.adapter.general, pf.uar, queue.eqn)
         self._broken, self._page = "", 1 << log_page
         try:
+            # nobody knows whether a completion queue may name the queue of the other events
+            self._completions = EventQueue(pf.host, commands, pf.memory, pf.uar, types=())
+            await self._completions.open()
+            pair = LoopbackPair(commands, pf.memory, pf.adapter.general, pf.uar, self._completions.eqn)
+            self._pair = pair
             await pair.open(log_message)
             self._listen(queue)
             answer = await commands.call(
@@ -110,6 +117,9 @@ class PageTracker:
         finally:
             if pair is not None:
                 await pair.close()
+            completions, self._completions = self._completions, None
+            if completions is not None:
+                await released(completions.close(), self._pf.host.name)
 
     async def report(self, iova: int, length: int, page_size: int) -> bytes:
         """The pages of a range that were written since it was last asked for: a bit each, lowest first, in whole

@@ -107,6 +107,7 @@ class FakeConnectx(FakeHost):
         self.pds = set()
         self.next = 0x10
         self.eq = None
+        self.completion_eqs = set()
         self.stopped = set()
         self.tracking = False
         self.dirty = b""
@@ -335,15 +336,24 @@ class FakeConnectx(FakeHost):
 
     def do_301(self, mod, data):
         size = 1 << (u32(data, 0x1C) >> 24 & 0x1F)
-        assert (u64(data, 0x58) >> 0xB) & 1
+        assert self.eq is None or not u64(data, 0x58)
         pages = [u64(data, 0x110 + 8 * n) for n in range(size * 64 // 4096)]
-        self.eq = {"pages": pages, "size": size, "pi": 0}
+        completions = self.eq is not None
+        if not completions:
+            assert (u64(data, 0x58) >> 0xB) & 1
+            self.eq = {"pages": pages, "size": size, "pi": 0}
         for n in range(size):
             assert self.peek(pages[n * 64 // 4096] + n * 64 % 4096 + 63, 1) == b"\1"
-        return self.fresh()
+        out = self.fresh()
+        if completions:
+            self.completion_eqs.add(self.next)
+        return out
 
     def do_302(self, mod, data):
-        self.eq = None
+        if u32(data, 8) in self.completion_eqs:
+            self.completion_eqs.remove(u32(data, 8))
+        else:
+            self.eq = None
         return bytes(16)
 
     def event(self, kind, body):
@@ -466,6 +476,7 @@ class FakeConnectx(FakeHost):
 
     def do_400(self, mod, data):
         out = self.fresh()
+        assert u32(data, 0x24) in self.completion_eqs
         log_size, dbr = u32(data, 0x1C) >> 24 & 0x1F, u64(data, 0x48)
         self.cqs[self.next] = {"size": 1 << log_size, "page": u64(data, 0x110), "dbr": dbr, "pi": 0}
         assert self.peek(u64(data, 0x110) + 63, 1) == b"\xf0"

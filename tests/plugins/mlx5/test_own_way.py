@@ -398,6 +398,21 @@ async def test_a_cut_or_strange_stream_is_refused_and_abandoned_by_a_reset():
 
 
 @trio_test
+async def test_memory_grows_with_what_has_come_in_not_with_what_is_announced():
+    async with opened() as (pf, _, device):
+        await stopped(device)
+        before = sum(map(len, pf.maps.values()))
+        await device.load_begin()
+        await device.load(Section("kernel", 1, HEADER.pack(0xFFFFF000, 0, 0) + b"few"))
+        assert sum(map(len, pf.maps.values())) - before <= 4 << 20
+        for _ in range(5):
+            await device.load(Section("kernel", 1, bytes(1 << 20)))
+        assert sum(map(len, pf.maps.values())) - before <= 20 << 20
+        await device.reset()
+        await until(lambda: sum(map(len, pf.maps.values())) == before)
+
+
+@trio_test
 async def test_firmware_board_and_capabilities_must_match():
     from dataclasses import replace
 
@@ -473,7 +488,7 @@ async def test_a_physical_function_that_dies_is_brought_up_again(how, caplog, au
         await device.dirty_log.stop()
         await device.save_end()
         await device._ending.wait()
-        assert not {0x202, 0x801, 0x501, 0x401, 0xA03, 0x118} & {opcode for opcode, _, _ in pf.log}
+        assert not {0x202, 0x302, 0x801, 0x501, 0x401, 0xA03, 0x118} & {opcode for opcode, _, _ in pf.log}
         await device.reset()
         await stopped(device)
         assert pf.stopped == {"initiator", "responder"}
@@ -518,7 +533,7 @@ async def test_written_pages_are_reported_once():
         assert caught.value.errno == errno.EIO
         await log.stop()
         await log.stop()
-        assert (pf.objects, pf.qps, pf.cqs, pf.keys, len(pf.pds)) == ({}, {}, {}, {}, 0)
+        assert (pf.objects, pf.qps, pf.cqs, pf.keys, len(pf.pds), pf.completion_eqs) == ({}, {}, {}, {}, 0, set())
 
 
 @trio_test

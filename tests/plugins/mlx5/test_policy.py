@@ -65,6 +65,12 @@ def test_the_described_example_can_be_meant():
     assert list(policy.gaps(sizes)) == []
 
 
+def test_a_trace_names_registers_as_the_device_means_them():
+    registers = plugins.mlx5.vfu_server_describe({})["registers"]["connectx-vf"][0]
+    assert registers.decode(0x1FC, 0x00000080) == "initializing 0x80000000 [initializing]"
+    assert registers.decode(0x18, 0x01000000) == "cmd_doorbell 0x00000001"
+
+
 @given(st.binary(max_size=256))
 @settings(max_examples=100, deadline=None)
 def test_any_config_space_is_survived(header):
