@@ -367,12 +367,13 @@ class Machine(RuleBasedStateMachine):
             assert told == errno.EINVAL
             return
         self._settle_faults()
-        if told:  # of what was written before
-            sound = self.stream[0].startswith(self.written)
+        if told:  # of what was written before, or of this
+            sound = self.stream[0].startswith(self.written + data)
             assert self.finished or self.refused or not sound
             assert told == (self.refused if self.refused and not self.finished else errno.EINVAL)
         else:
             assert not self.finished
+        if not self.finished:
             self.written += data
 
     # --- questions
