@@ -29,18 +29,23 @@ class RootError(Exception):
 
 
 class RootSpec(NamedTuple):
-    """What a root consists of: `packages` of `suite`, of which `pinned` come from `suite`-backports."""
+    """What a root consists of: `packages` of `suite`, of which `pinned` come from `suite`-backports.
+
+    `architecture` empty: this machine's. Another one's packages can only be unpacked (variant `extract`).
+    """
 
     name: str
     suite: str
     packages: tuple[str, ...]
     pinned: tuple[str, ...] = ()
     variant: str = "extract"
+    architecture: str = ""
 
     @property
     def key(self) -> str:
         """Names the root in the cache."""
-        return f"{self.name}-{self.suite}-{hashlib.sha256(repr((FORMAT, self)).encode()).hexdigest()[:16]}"
+        made_of = repr((FORMAT, self)).replace(", architecture=''", "")  # as it was before there was a choice
+        return f"{self.name}-{self.suite}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
 def debian_root(spec: RootSpec, verify: Callable[[Path], None]) -> Path:
@@ -76,6 +81,7 @@ def _bootstrap(spec: RootSpec, root: Path) -> None:
         command = [
             "mmdebstrap",
             f"--variant={spec.variant}",
+            *([f"--architectures={spec.architecture}"] if spec.architecture else []),
             f"--mode={'root' if privileged else 'chrootless'}",
             f"--include={','.join((*spec.packages, *spec.pinned))}",
             '--setup-hook=mkdir -p "$1/etc/apt/preferences.d"',
