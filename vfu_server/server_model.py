@@ -4,6 +4,7 @@ It must not know what the model models. The child's own side of the bond is `ser
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import trio
@@ -25,6 +27,9 @@ START_DEADLINE = 30.0
 STOP_DEADLINE = 0.4
 _TRY_INTERVAL = 0.005
 _MAX_LINE = 8192
+PREFIX = "vfu-model-"
+LEFT_BEHIND = 60.0
+"""Seconds: a younger folder may be one that its server is about to lock."""
 _ACCEPTING = 0x10000
 """`__SO_ACCEPTCON` in the flags of /proc/net/unix."""
 
@@ -86,7 +91,8 @@ class ModelProcess:
 @contextlib.asynccontextmanager
 async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProcess]:
     """The model of `command`, listening, for the time of the `async with`. Raises HostError."""
-    with tempfile.TemporaryDirectory(prefix="vfu-model-", ignore_cleanup_errors=True) as folder:
+    _remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder, _held(Path(folder)):
         socket_path = Path(folder) / f"{name[:32].replace('/', '_')}.sock"
         process, output = _spawn([command.module, *command.args, "--socket-path", str(socket_path)])
         model = ModelProcess(process, output, socket_path)
@@ -98,6 +104,27 @@ async def running(command: ModelCommand, name: str) -> AsyncIterator[ModelProces
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + 2 * STOP_DEADLINE, shield=True):
                     await model.stop()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder is in use: locked, which ends with this process in any case."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_leftovers() -> None:
+    """Folders of ours that a server which was killed has left behind: nobody holds them, and they are not quite new."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > LEFT_BEHIND:
+                with _held(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spawn(arguments: list[str]) -> tuple[subprocess.Popen[bytes], int]:

@@ -68,13 +68,20 @@ def gone(pid: int, seconds: float = 5.0) -> bool:
         os.close(fd)
 
 
+@pytest.fixture(autouse=True)
+def its_own_folder(tmp_path_factory, monkeypatch) -> Path:
+    """Other servers of this machine make folders in the common one."""
+    folder = tmp_path_factory.mktemp("m")
+    monkeypatch.setattr(server_model.tempfile, "tempdir", str(folder))
+    return folder
+
+
 def folders() -> set[Path]:
     return set(Path(server_model.tempfile.gettempdir()).glob("vfu-model-*"))
 
 
 def test_listens_talks_and_ends(models, caplog) -> None:
     caplog.set_level("INFO")
-    before = folders()
 
     async def main() -> None:
         async with running("well_behaved", ("--speed", "3")) as model:
@@ -89,7 +96,7 @@ def test_listens_talks_and_ends(models, caplog) -> None:
     assert "model: two" in said
     assert "model: lines and a half" in said
     assert not [record for record in caplog.records if record.levelname != "INFO"]
-    assert folders() == before
+    assert folders() == set()
 
 
 def test_does_not_listen(models, caplog) -> None:
@@ -132,15 +139,13 @@ def test_does_not_end_when_asked(models, caplog) -> None:
 
 
 def test_cancelled_while_it_starts(models) -> None:
-    before = folders()
-
     async def main() -> None:
         with trio.move_on_after(0.2):
             async with running("mute"):
                 raise AssertionError("it never listened")
 
     trio.run(main)
-    assert folders() == before
+    assert folders() == set()
 
 
 def test_dies_with_its_parent(models, tmp_path) -> None:
@@ -193,3 +198,22 @@ def test_is_spared_a_ctrl_c_at_the_terminal(models) -> None:
 
     assert trio.run(main) != os.getpgid(0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_folder_of_a_server_that_was_killed_is_removed_by_the_next(models, its_own_folder) -> None:
+    left, fresh, held = (its_own_folder / f"vfu-model-{name}" for name in ("left", "fresh", "held"))
+    for folder in (left, fresh, held):
+        folder.mkdir()
+        (folder / "edu.sock").touch()
+    for folder in (left, held):
+        os.utime(folder, (0, 0))
+    link = its_own_folder / "vfu-model-link"
+    link.symlink_to(fresh)
+
+    async def main() -> None:
+        async with running("well_behaved") as model:
+            assert folders() == {Path(model.socket_path).parent, fresh, held, link}
+
+    with server_model._held(held):
+        trio.run(main)
+    assert (fresh / "edu.sock").exists()
