@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,12 @@ SECONDS = 2400.0
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """What a machine is made with: devices, further folders, MiB of memory."""
+    """What a machine is made with: devices, further folders, MiB of memory, further options of its kernel."""
 
     devices: Sequence[Device] = ()
     shares: Sequence[Share] = ()
     memory: int = MEMORY
+    kernel_options: str = ""
 
 
 Plug = Callable[[Path], AbstractContextManager[Plugged]]
@@ -129,7 +130,7 @@ class Machines:
         argv = ["python3", f"{IN_VM}/in_turn.py", "script", commands]
         try:
             with kind.plug(home) as plugged:
-                options = {"devices": plugged.devices, "shares": plugged.shares, "memory": plugged.memory}
+                options = {each.name: getattr(plugged, each.name) for each in fields(plugged)}
                 result = vm(argv, folder, kind.kernel, timeout=SECONDS, **options)
             status, end = result.status, result.stderr
             self.times.append(f"{result.seconds:7.1f} s  machine {kind.name}")

@@ -45,8 +45,9 @@ def command_line(
     shares: Sequence[Share],
     devices: Sequence[Device],
     memory: int,
+    kernel_options: str = "",
 ) -> list[str]:
-    """QEMU's arguments; `usr` is the image of /usr, `memory` is MiB.
+    """QEMU's arguments; `usr` is the image of /usr, `memory` is MiB, `kernel_options` are added to the usual ones.
 
     The memory is a shared memfd, which vfio-user servers outside the machine need.
     """
@@ -57,7 +58,7 @@ def command_line(
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(PROCESSORS)),
         *("-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on"),
         *("-machine", "q35,memory-backend=memory", "-m", f"{memory}M"),
-        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", COMMAND_LINE),
+        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", f"{COMMAND_LINE} {kernel_options}"),
         *("-chardev", f"file,id=console,path={_escaped(console)}", "-serial", "chardev:console"),
         # Before the devices, else they are not behind it.
         *("-device", "intel-iommu,intremap=on,caching-mode=on"),

@@ -57,13 +57,15 @@ def run_in_vm(
     shares: Sequence[Share] = (),
     environment: Mapping[str, str] | None = None,
     memory: int = MEMORY,
+    kernel_options: str = "",
     timeout: float = SECONDS,
 ) -> VmResult:
     """Run `command` as root in a new machine, with the checkout on Python's path and as working directory.
 
     `folder` must be empty or new: it is /results in the machine and keeps the logs. `shares` are further folders,
-    `memory` is MiB, `timeout` seconds for the whole run. Raises RootError when a part of the machine cannot be made,
-    VmError when the command did not get to its end; its exit status is the caller's to judge.
+    `memory` is MiB, `kernel_options` are for the kernel's command line, `timeout` is seconds for the whole run. Raises
+    RootError when a part of the machine cannot be made, VmError when the command did not get to its end; its exit
+    status is the caller's to judge.
     """
     booted, root, qemu = kernel(kernel_name), guest_root(), qemu_root()
     compile_python(root, *(TREE / name for name in PYTHON_FOLDERS), seen_as=CHECKOUT, cut=TREE)
@@ -72,7 +74,15 @@ def run_in_vm(
     mounted = [*_shares(booted, results), *shares]
     initrd.write_bytes(initramfs(root, booted, shares_table(mounted), _job(command, environment or {})))
     argv = command_line(
-        qemu, booted, initrd, console=console, usr=usr_image(), shares=mounted, devices=devices, memory=memory
+        qemu,
+        booted,
+        initrd,
+        console=console,
+        usr=usr_image(),
+        shares=mounted,
+        devices=devices,
+        memory=memory,
+        kernel_options=kernel_options,
     )
     began = time.monotonic()
     reason = _run(argv, qemu.environment, folder / "qemu.log", timeout)
