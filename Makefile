@@ -27,6 +27,12 @@ test: setup ## everything but virtual machines and what takes minutes: models, p
 	@tools/system-packages test
 	@$(PY) -m pytest -m "$(QUICK)" $(ARGS)
 
+.PHONY: test-vm
+test-vm: setup ## virtual machines: kernel VFIO by group and by device node, guests inside (ARGS='-k edu')
+	@tools/system-packages vm
+	@$(PY) tools/vm/kernel.py  # compiled once: minutes
+	@$(PY) -m pytest -m vm $(ARGS) tests/vm
+
 .PHONY: test-all
 test-all: setup ## all of it: slow tests and virtual machines as well
 	@tools/system-packages vm

@@ -11,6 +11,7 @@
 #include <linux/if_packet.h>
 #include <net/if.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -22,6 +23,8 @@
 #define LONGEST 1514
 #define STEP 23
 #define GREETING_MS 1000
+/* Of 50 ms. */
+#define RESET_TRIES 300
 
 static char name[IFNAMSIZ + 1];
 static unsigned char here[6], there[6] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
@@ -48,6 +51,19 @@ find_interface(void)
     return name[0] != '\0';
 }
 
+static void
+switch_interface(int fd, bool on)
+{
+    struct ifreq request;
+
+    memset(&request, 0, sizeof(request));
+    memcpy(request.ifr_name, name, IFNAMSIZ);
+    request.ifr_flags = on ? IFF_UP : 0;
+    if (ioctl(fd, SIOCSIFFLAGS, &request)) {
+        fail("switching the interface");
+    }
+}
+
 static int
 open_interface(void)
 {
@@ -65,13 +81,16 @@ open_interface(void)
         fail("asking for the hardware address");
     }
     memcpy(here, request.ifr_hwaddr.sa_data, sizeof(here));
-    request.ifr_flags = IFF_UP;
-    if (ioctl(fd, SIOCSIFFLAGS, &request)) {
-        fail("bringing the interface up");
-    }
+    switch_interface(fd, true);
     snprintf(path, sizeof(path), "/sys/class/net/%s/carrier", name);
     for (int tries = 0; get_text(path, carrier, sizeof(carrier)) < 0 || carrier[0] != '1'; tries++) {
         look_again(tries, "waiting for a link");
+        /* The driver gives the card's driver a second to answer, and then asks nothing more until it is reset. */
+        if (tries % RESET_TRIES == RESET_TRIES - 1) {
+            printf("no link yet: the interface is switched off and on\n");
+            switch_interface(fd, false);
+            switch_interface(fd, true);
+        }
     }
     address.sll_ifindex = (int)if_nametoindex(name);
     if (bind(fd, (struct sockaddr *)&address, sizeof(address))) {
@@ -159,8 +178,8 @@ work(const char *when)
             sum = (sum ^ answer[at]) * 0x100000001b3ULL;
         }
     }
-    printf("result: %d frames of %d to %d bytes there and back, sum %016llx\n", frames, SHORTEST, SHORTEST + (frames - 1) * STEP,
-           (unsigned long long)sum);
+    printf("result: %d frames of %d to %d bytes there and back, sum %016llx\n", frames, SHORTEST,
+           SHORTEST + (frames - 1) * STEP, (unsigned long long)sum);
     close(fd);
 }
 
@@ -175,7 +194,9 @@ main(void)
         errno = EBUSY;
         fail("the interface is there without its driver");
     }
+    printf("unbound\n");
     put("/sys/bus/pci/drivers/igbvf/bind", bdf);
+    printf("bound\n");
     work("bound again");
     done();
 }
