@@ -6,6 +6,7 @@ Must not know what the guest does.
 from pathlib import Path
 from typing import Any
 
+from tests.qemu_migration.monitor import QmpError
 from tests.qemu_migration.side import Side
 
 PATIENT = 60_000
@@ -14,7 +15,7 @@ PATIENT = 60_000
 
 def prepare(*sides: Side, capabilities: dict[str, bool] | None = None, **parameters: object) -> None:
     """Set the same on all sides: events are told, and no limit that a slow machine could not keep."""
-    wanted = {"events": True} | (capabilities or {})
+    wanted = {"events": True, "return-path": True} | (capabilities or {})
     for each in sides:
         listed = [{"capability": name, "state": state} for name, state in wanted.items()]
         each.monitor.execute("migrate-set-capabilities", capabilities=listed)
@@ -34,5 +35,8 @@ def move(source: Side, destination: Side) -> dict[str, Any]:
     start(source, destination)
     found = source.monitor.wait_migration()
     assert found["status"] == "completed", (found, source.log, destination.log)
-    destination.monitor.wait_event("RESUME")
+    try:
+        destination.monitor.wait_event("RESUME")
+    except (TimeoutError, QmpError) as error:
+        raise AssertionError(f"the destination does not run: {error!r}\n{destination.log}") from error
     return found

@@ -175,7 +175,7 @@ def test_handing_over_is_refused(qemu: QemuRoot, tmp_path: Path, mode: str) -> N
 def test_to_a_file_and_back(qemu: QemuRoot, tmp_path: Path, mode: str) -> None:
     state = tmp_path / "state"
     with side(qemu, tmp_path / "a") as first:
-        prepare(first, mode=mode)
+        prepare(first, mode=mode, capabilities={"return-path": False})
         set_up(first.guest)
         first.guest.store(0x100000, DATA)
         begin(first.guest, 0x100000, BUFFER, PAGE, out=False)
@@ -183,7 +183,7 @@ def test_to_a_file_and_back(qemu: QemuRoot, tmp_path: Path, mode: str) -> None:
         first.monitor.execute("migrate", uri=f"file:{state}")
         assert first.monitor.wait_migration()["status"] == "completed", first.log
     with side(qemu, tmp_path / "b", *INCOMING) as second:
-        prepare(second, mode=mode)
+        prepare(second, mode=mode, capabilities={"return-path": False})
         second.monitor.execute("migrate-incoming", uri=f"file:{state}")
         second.monitor.wait_event("MIGRATION", status="completed")
         if second.status() != "running":

@@ -47,7 +47,7 @@ def digest(guest: Qtest) -> int:
 @pytest.mark.parametrize("channels", [0, 2], ids=["one channel", "multifd"])
 @pytest.mark.parametrize("shape", [{}, {"p2p": 1}, {"pre_copy": 1}, {"pre_copy": 1, "p2p": 1}], ids=str)
 def test_every_set_of_features_is_moved(qemu: QemuRoot, tmp_path: Path, shape: dict[str, float], channels: int) -> None:
-    capabilities = {"return-path": True} | ({"multifd": True} if channels else {})
+    capabilities = {"multifd": True} if channels else {}
     with (
         synthetic(qemu, tmp_path / "a", **shape) as first,
         synthetic(qemu, tmp_path / "b", *INCOMING, **shape) as second,
@@ -69,7 +69,7 @@ def test_what_changes_in_pre_copy_is_sent_again(qemu: QemuRoot, tmp_path: Path) 
         synthetic(qemu, tmp_path / "a", **shape) as first,
         synthetic(qemu, tmp_path / "b", *INCOMING, **shape) as second,
     ):
-        prepare(first, second, capabilities={"return-path": True}, downtime_limit=1)
+        prepare(first, second, downtime_limit=1)
         set_up(first.guest)
         start(first, second)
         assert first.server
@@ -93,7 +93,7 @@ def test_switch_over_waits_for_the_destination(qemu: QemuRoot, tmp_path: Path) -
         synthetic(qemu, tmp_path / "a", **shape) as first,
         synthetic(qemu, tmp_path / "b", *INCOMING, **shape) as second,
     ):
-        prepare(first, second, capabilities={"return-path": True, "switchover-ack": True})
+        prepare(first, second, capabilities={"switchover-ack": True})
         set_up(first.guest)
         before = digest(first.guest)
         move(first, second)
