@@ -239,7 +239,7 @@ def server_lines() -> list[tuple[str, str]]:
             for line in lines:
                 match = re.match(r"(?:ExecStart=/usr/bin/)?vfu-server (--.*)$", line.strip())
                 if match and "..." not in line:
-                    found.append((block.where, match[1].replace("%i", "0000:3b:00.1")))
+                    found.append((block.where, match[1].removesuffix(" &").replace("%i", "0000:3b:00.1")))
     return found
 
 
@@ -267,7 +267,7 @@ def test_snippets_are_sound(path):
             assert json.loads(device_option)["driver"] == "vfio-user-pci"
 
 
-@pytest.mark.parametrize("name", ["policy-and-registers.md", "testing.md"])
+@pytest.mark.parametrize("name", ["policy-and-registers.md", "testing.md", "cookbook.md"])
 def test_snippets_of_the_kit_run(name):
     shown = blocks(TREE / "docs" / "plugins" / name, "python")
     assert shown

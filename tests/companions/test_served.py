@@ -110,7 +110,7 @@ def test_a_companion_that_is_not_there_is_one_clear_line(folder, site, plugin, o
     done = run(
         "--plugin", plugin, "--model", "acme-vf", "--option", option, "--socket-path", folder / "s", sites=[site]
     )
-    first, *notes = done.stderr.splitlines()
+    first, *notes = [line for line in done.stderr.splitlines() if " warning " not in line]  # of a model that is slow
     assert (done.returncode, said in first) == (4, True), done.stderr
     assert first.startswith("vfu-server: error: companion ")
     assert all(note.startswith("  ") for note in notes)

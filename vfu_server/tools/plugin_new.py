@@ -46,6 +46,8 @@ def new(name: str, folder: Path) -> list[Path]:
 
 
 def _place(template: Path, name: str) -> Path:
-    """`package/x.py.tmpl` -> `NAME/x.py`."""
+    """`package/x.py.tmpl` -> `NAME/x.py`; tests go into a folder that the template has not, as wheels have no tests."""
     parts = [name if part == "package" else part for part in template.parts]
-    return Path(*parts[:-1], parts[-1].removesuffix(_SUFFIX).replace("test_plugin", f"test_{name}"))
+    if template.name.startswith("test_"):
+        return Path("tests", f"test_{name}.py")
+    return Path(*parts[:-1], parts[-1].removesuffix(_SUFFIX))
