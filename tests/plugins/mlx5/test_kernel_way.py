@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import trio
 from trio.testing import trio_test
 
 from plugins.mlx5.kernel_way import KernelWay
@@ -10,7 +11,9 @@ from plugins.mlx5.own_way import OwnWay
 from plugins.mlx5.probe import probe
 from plugins.mlx5.records import image_header, stop_copy_size
 from tests.plugins.fake_host import FakeEdu
-from tests.plugins.mlx5.firmware import FakeConnectx, FakeVf
+from tests.plugins.mlx5.companion import OneCompanion
+from tests.plugins.mlx5.firmware import FakeConnectx
+from tests.plugins.mlx5.virtual import FakeVf
 from vfu_server.device import PrecopyInfo, SavePhase, Section, StateIdentity, StopKind
 from vfu_server.errors import HostError, StreamFormatError, StreamMismatchError
 from vfu_server.uapi import MIGRATION_P2P, MIGRATION_PRE_COPY, MIGRATION_STOP_COPY, MigState
@@ -136,6 +139,31 @@ async def test_the_drivers_bytes_travel_unchanged():
         await device.load(Section("kernel", 1, STREAM[at : at + 11]))
     await device.load_done()
     assert driver.file.written == STREAM
+
+
+@trio_test
+async def test_what_our_own_way_saves_the_kernels_driver_is_given_and_the_other_way_round():
+    pf = FakeConnectx()
+    async with trio.open_nursery() as nursery:
+        own = probe(FakeVf(pf), {})
+        await own.open(OneCompanion(pf, nursery))
+        stream = await saved(own)
+        driver = Driver(stream)
+        kernel = device_with(driver)
+        kernel.check_identity(own.identity)
+        own.check_identity(kernel.identity)
+        await kernel.stop(StopKind.P2P)
+        await kernel.stop(StopKind.FULL)
+        await kernel.load_begin()
+        await kernel.load(Section("kernel", 1, stream))
+        await kernel.load_done()
+        assert driver.file.written == stream
+        await own.load_begin()
+        await own.load(Section("kernel", 1, STREAM))
+        await own.load_done()
+        assert pf.loaded == [b"first", b"last"]
+        await own.aclose()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("stream", [STREAM[:-1], image_header(1 << 33), b"\0" * 16, stop_copy_size(4096)])

@@ -13,7 +13,8 @@ from plugins.mlx5.pf import serve
 from plugins.mlx5.probe import probe
 from plugins.mlx5.records import HEADER, RecordReader
 from tests.plugins.mlx5.companion import OneCompanion
-from tests.plugins.mlx5.firmware import VHCA, FakeConnectx, FakeVf
+from tests.plugins.mlx5.firmware import VHCA, FakeConnectx
+from tests.plugins.mlx5.virtual import FakeVf
 from vfu_server.device import SavePhase, Section, StopKind
 from vfu_server.errors import (
     HostError,

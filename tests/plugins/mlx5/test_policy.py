@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import plugins.mlx5
 from plugins.mlx5.policy import MsixTable, msix_table, policy_of
 from plugins.mlx5.vf_index import index_of
-from tests.plugins.mlx5.firmware import FakeConnectx, FakeVf
+from tests.plugins.mlx5.firmware import FakeConnectx
+from tests.plugins.mlx5.virtual import FakeVf
 from vfu_server.errors import HostError
 from vfu_server.host_device import MmapArea, RegionInfo
 from vfu_server.policy import Answer, StateClass
