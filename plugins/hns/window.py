@@ -17,7 +17,7 @@ EQ_AEQ = registers.FUNCTION["doorbell_eq_aeq"].offset
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """`host` and `base`: where the window is, in BAR2. `vf`: the VF's own door, `doorbells` its BAR4 pages are used.
+    """`host` and `base`: where the window is, in BAR2. `vf`: the VF's own door, the same in mode VF_CTRL.
 
     `eqc` and `aeqc`: where these words are, from `base`.
     """
