@@ -12,6 +12,12 @@ from tests.vm.guest.inner_machine import CHECK_SECONDS, Used, by_our_server, by_
 checks.SECONDS = CHECK_SECONDS
 PLACE = {"bus": "downstream"}
 FRAMES = 64
+DIFFERENCES = {
+    r"00: (ff ff ff ff|86 80 ca 10) ": "a virtual function's ids read as ffff; the kernel's VFIO puts them in",
+    r"Capabilities: \[150 v1\] Alternative Routing|ARICap:|ARICtl:|100: ": "QEMU hides ARI, the last in AER's list",
+    r"LnkCtl2:|Transmit Margin:|Compliance Preset": "lspci leaves them out where it knows of a virtual function",
+}
+"""Of a virtual function between outside and inside, besides those of any function."""
 
 used: dict[str, Used] = {}
 
@@ -44,7 +50,7 @@ def check_results_are_equal_and_right() -> None:
 
 
 def check_lspci_inside_agrees() -> None:
-    inner_lspci.compare("igb", used["ours"], used["the kernel's"])
+    inner_lspci.compare("igb", used["ours"], used["the kernel's"], DIFFERENCES)
 
 
 checks.run(globals())
