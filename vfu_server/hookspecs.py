@@ -53,7 +53,8 @@ def vfu_server_describe(options: Mapping[str, str]) -> "Mapping[str, object]":
 
     Keys: `summary` (one sentence); `policies`, a mapping from a variant's name (a profile, a device family) to
     `(Policy, {region index: size in bytes})`; and, if there are any, `registers`, a mapping from a variant's name (in
-    its `StateIdentity`) to `{region index: Block}`, for those who read traces.
+    its `StateIdentity`) to `{region index: Block}`, for those who read traces; `unrepeatable`, tags of sections whose
+    bytes differ from save to save of the same state (images that firmware makes), for the conformance suite.
     """
 
 

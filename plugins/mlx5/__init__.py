@@ -51,6 +51,7 @@ def vfu_server_describe(options: Mapping[str, str]) -> Mapping[str, object]:
     return {
         "summary": SUMMARY,
         "policies": {name: (policy_of(EXAMPLE, EXAMPLE_TABLE, p2p=True), sizes)},
+        "unrepeatable": ["kernel"],  # the card's image of a function holds counters of its own
         "registers": {variant: {0: TRACED} for variant in (VARIANT, BARE_VARIANT)},
     }
 

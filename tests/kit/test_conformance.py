@@ -331,3 +331,18 @@ def test_our_own_plugins_pass(model):
     wrong = [result for result in results if result.verdict is Verdict.FAILED]
     assert not wrong
     assert {result.check.name for result in results if result.verdict is Verdict.NOT_JUDGED} <= {"pre-copy", "verified"}
+
+
+def test_sections_that_differ_by_nature_are_not_compared(importable, tmp_path, monkeypatch):
+    """Firmware's images: the plugin says which."""
+    members = CASES["saves that differ"][2]
+    site = tmp_path / "site"
+    site.mkdir()
+    source = (SPOILT % members).replace('"policies": {}}', '"policies": {}, "unrepeatable": ["registers"]}')
+    assert "unrepeatable" in source
+    (site / "spoilt.py").write_text(source)
+    installed(site, "spoilt", "spoilt")
+    monkeypatch.syspath_prepend(str(site))
+    with Bench("spoilt", Target("spoilt", MODEL), plugins=Plugins()) as bench:
+        results = run(bench, [BY_NAME["save-twice"], BY_NAME["load"], BY_NAME["clients"]])
+    assert [result.verdict for result in results] == [Verdict.PASSED] * 3, results

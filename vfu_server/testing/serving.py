@@ -34,7 +34,7 @@ SECONDS = 60.0
 
 
 class Loop:
-    """A trio loop in a thread of its own, and what was logged in it."""
+    """A trio loop in a thread of its own, and what was logged meanwhile, by the server and by plugins."""
 
     def __init__(self, instruments: Sequence[trio.abc.Instrument] = ()) -> None:
         self.companions = CompanionDoors()
@@ -44,7 +44,7 @@ class Loop:
         self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="vfu-testing", daemon=True)
         self._handler = _Keep(self.records)
-        logging.getLogger("vfu_server").addHandler(self._handler)
+        logging.getLogger().addHandler(self._handler)
         self._thread.start()
         if not self._ready.wait(SECONDS):
             raise TimeoutError("the loop does not start")
@@ -87,7 +87,7 @@ class Loop:
 
     def close(self) -> None:
         """End all that runs in it."""
-        logging.getLogger("vfu_server").removeHandler(self._handler)
+        logging.getLogger().removeHandler(self._handler)
         if self._thread.is_alive():
             with contextlib.suppress(trio.RunFinishedError):
                 self.call(self._scope.cancel)

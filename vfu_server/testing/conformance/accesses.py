@@ -6,7 +6,6 @@ import random
 from vfu_server.testing.client import Client
 from vfu_server.testing.conformance.bench import BARS, Bench
 from vfu_server.testing.conformance.records import Failed, check
-from vfu_server.testing.conformance.streams import Parts, difference
 from vfu_server.testing.wire import ReplyError
 from vfu_server.uapi import MigState
 
@@ -61,7 +60,7 @@ def stopped(bench: Bench) -> str:
         before = bench.saved(client)
         client.set_mig_state(MigState.STOP)
         answered, refused = _poke(bench, client, bench.chance(), MANY)
-        told = difference(Parts.of(before), Parts.of(bench.saved(client)))
+        told = bench.difference(before, bench.saved(client))
         if told:
             raise Failed(f"accesses while it was stopped have changed what is saved: {told}")
     return f"{answered} answered, {refused} refused"

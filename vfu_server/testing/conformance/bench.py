@@ -19,6 +19,7 @@ from vfu_server.testing.client import Client
 from vfu_server.testing.conformance.doors import WatchedHost
 from vfu_server.testing.conformance.pace import Pace
 from vfu_server.testing.conformance.records import Failed, NotJudged
+from vfu_server.testing.conformance.streams import Parts, difference
 from vfu_server.testing.guest import Guest
 from vfu_server.testing.memory import GuestMemory
 from vfu_server.testing.migrate import save
@@ -204,6 +205,17 @@ class Bench:
             offset = rule.start + chance.randrange(0, max(1, rule.length - width + 1), width)
             with contextlib.suppress(ReplyError):
                 client.write_block(rule.region, offset, chance.randbytes(width))
+
+    def difference(self, before: bytes, after: bytes) -> str:
+        """What two states differ in, for people; nothing: they are the same. Sections that the plugin calls
+        unrepeatable are not compared.
+        """
+        if before == after:
+            return ""
+        described = self.plugins.describe(self.plugins.load(self.plugin), self.options)
+        return difference(
+            Parts.of(before).without(described.unrepeatable), Parts.of(after).without(described.unrepeatable)
+        )
 
     def unexpected(self) -> None:
         """Failed if an exception that is no fault of vfu_server.errors came out of the plugin."""

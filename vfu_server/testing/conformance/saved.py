@@ -2,15 +2,13 @@
 
 from vfu_server.testing.conformance.bench import Bench
 from vfu_server.testing.conformance.records import Failed, NotJudged, check
-from vfu_server.testing.conformance.streams import Parts, difference, try_load
+from vfu_server.testing.conformance.streams import try_load
 from vfu_server.testing.migrate import migrate, save, save_early
 from vfu_server.uapi import MigState
 
 
-def _same(first: bytes, second: bytes, what: str) -> None:
-    if first == second:
-        return
-    if told := difference(Parts.of(first), Parts.of(second)):
+def _same(bench: Bench, first: bytes, second: bytes, what: str) -> None:
+    if told := bench.difference(first, second):
         raise Failed(f"{what}: {told}")
 
 
@@ -25,7 +23,7 @@ def save_twice(bench: Bench) -> str:
                 bench.disturb(client, bench.chance(), 5)
             first = bench.saved(client)
             client.set_mig_state(MigState.STOP)
-            _same(first, bench.saved(client), "two saves of a stopped device differ")
+            _same(bench, first, bench.saved(client), "two saves of a stopped device differ")
             client.set_mig_state(MigState.RUNNING)
     return f"{len(first)} bytes"
 
@@ -38,7 +36,7 @@ def load(bench: Bench) -> str:
         with bench.guest("destination") as guest:
             if not try_load(guest.client, stream):
                 raise Failed(f"it does not take a state of its own; {bench.why()}")
-            _same(stream, bench.saved(guest.client), "after a load the saved state is another")
+            _same(bench, stream, bench.saved(guest.client), "after a load the saved state is another")
             guest.client.set_mig_state(MigState.RUNNING)
     return f"{len(used)} bytes" + ("" if used != fresh else "; random writes changed nothing that travels")
 
@@ -79,7 +77,7 @@ def pre_copy(bench: Bench) -> str:
     with bench.guest("destination") as guest:
         if not try_load(guest.client, stream):
             raise Failed(f"it does not take a state that was given early in parts; {bench.why()}")
-        _same(whole, bench.saved(guest.client), "given early, the state is another than given at once")
+        _same(bench, whole, bench.saved(guest.client), "given early, the state is another than given at once")
     return f"{len(early)} bytes early, {len(stream) - len(early)} late"
 
 
@@ -87,7 +85,7 @@ def pre_copy(bench: Bench) -> str:
 def verified(bench: Bench) -> str:
     """A restore that the hardware did not take is noticed."""
     fresh, used = bench.undisturbed(), bench.used()
-    if not difference(Parts.of(fresh), Parts.of(used)):
+    if not bench.difference(fresh, used):
         raise NotJudged("random writes changed nothing that travels: what a restore writes is what a reset left")
     door = bench.door("destination")
     with bench.guest("destination") as guest:
@@ -96,7 +94,7 @@ def verified(bench: Bench) -> str:
         door.lossy = False
         if not door.lost:
             raise NotJudged("a restore writes to no BAR")
-        if taken and not difference(Parts.of(used), Parts.of(bench.saved(guest.client))):
+        if taken and not bench.difference(used, bench.saved(guest.client)):
             raise NotJudged("the state got there in spite of lost writes")
         if taken:
             raise Failed(f"{door.lost} writes of a restore were lost, and load_done did not notice: read back, compare")

@@ -22,7 +22,12 @@ def states(bench: Bench) -> str:
         known = sorted(migration.states(flags))
         for start in known:
             for wish in (*known, *(state for state in MigState if state not in known)):
-                _reach(client, start)
+                try:
+                    _reach(client, start)
+                except ReplyError as error:
+                    raise Failed(
+                        f"wish {tried + 1}: {start.name} cannot be reached again: {error}; {bench.why()}"
+                    ) from error
                 _wish(client, flags, start, wish)
                 tried += 1
         _back(client)
@@ -103,6 +108,6 @@ def clients(bench: Bench) -> str:
         with bench.guest() as guest:
             if guest.client.mig_state() is not MigState.RUNNING:
                 raise Failed(f"after a client that vanished in {state.name} it is in {guest.client.mig_state().name}")
-            if bench.saved(guest.client) != fresh:
+            if bench.difference(fresh, bench.saved(guest.client)):
                 raise Failed(f"after a client that vanished in {state.name} its state is not a new device's")
     return f"{len(known)} states"

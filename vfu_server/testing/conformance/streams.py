@@ -33,6 +33,11 @@ class Parts:
         headers = [item for item in items if isinstance(item, StreamHeader)]
         return cls(headers[0], tuple(item for item in items if isinstance(item, StreamSection)))
 
+    def without(self, tags: frozenset[str]) -> "Parts":
+        """Without the plugin's sections of these tags."""
+        kept = [item for item in self.sections if item.origin is Origin.SERVER or item.section.tag not in tags]
+        return replace(self, sections=tuple(kept))
+
     @property
     def own(self) -> list[int]:
         """Where the plugin's sections are in `sections`."""
