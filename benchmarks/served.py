@@ -11,7 +11,7 @@ from benchmarks.native_build import OUT
 from benchmarks.processes import TREE, Running, python
 
 METADATA = "Metadata-Version: 2.1\nName: vfu-benchmark\nVersion: 0\n"
-ENTRY_POINTS = "[vfu_server]\nbenchmark = benchmarks.plugin\n"
+ENTRY_POINTS = "[vfu_server]\nbenchmark = benchmarks.plugin\nbenchmark_kernel = benchmarks.kernel_plugin\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,13 @@ def site() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serve(machine: Machine, where: Path, name: str = "state", *, bound: bool = True) -> Iterator[Served]:
+def serve(
+    machine: Machine, where: Path, name: str = "state", *, bound: bool = True, plugin: str = "benchmark"
+) -> Iterator[Served]:
     """The server, with a device of its own."""
     sock, control = where / f"{name}.sock", where / f"{name}.json"
     with model(where, name) as device:
-        command = python("-m", "vfu_server", "--plugin", "benchmark", "--option", f"control={control}")
+        command = python("-m", "vfu_server", "--plugin", plugin, "--option", f"control={control}")
         command += ["--device-socket", str(device), "--socket-path", str(sock), "--log-level", "warning"]
         if bound:
             command = machine.bound(command)

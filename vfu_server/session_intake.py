@@ -5,6 +5,7 @@ It must not know where the bytes come from, nor when a load begins and ends.
 
 import errno
 import logging
+from collections.abc import Sequence
 
 import trio
 
@@ -13,7 +14,7 @@ from vfu_server.errors import DeadlineError, HostError, StreamFormatError
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.session_config import check_config, load_config
-from vfu_server.stream import Origin, ReadableBuffer, StreamEnd, StreamHeader, StreamItem, StreamReader
+from vfu_server.stream import MAX_SECTION, Origin, ReadableBuffer, StreamEnd, StreamHeader, StreamItem, StreamReader
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ SERVER_SECTIONS = {"config": 1}
 
 SECTION_DEADLINE = 4.0
 """Seconds for a plugin to take one section."""
+LEAVE = 32 << 10
+"""Bytes of payload that are worth being waited for, to be taken at once."""
 
 
 class Intake:
@@ -35,17 +38,28 @@ class Intake:
         self._config: bytes | None = None
         self._plugins_fault: MemoryError | None = None
 
-    def push(self, data: ReadableBuffer) -> list[StreamItem]:
-        """Look at bytes, none of which is kept; what became complete is to be taken, in order, before the next push.
+    @property
+    def bulk(self) -> int:
+        """Bytes that come next and only have to be summed and kept: best pushed all at once."""
+        return self._reader.chunk_left
+
+    def push(self, pieces: Sequence[ReadableBuffer]) -> tuple[int, list[StreamItem]]:
+        """Look at some bytes, none of which is kept. How many were taken, from the first piece on, and what became
+        complete with them, which is to be taken, in order, before the next push.
 
         Raises StreamFormatError; HostError (ENOMEM) if there is no memory for a section.
         """
+        before, bulk = self._reader.position, self._reader.chunk_left
         try:
-            return self._reader.push(data)
+            if bulk and sum(map(len, pieces)) == bulk:
+                self._reader.push_payload(pieces)
+                return bulk, []
+            items = self._reader.push(pieces[0], MAX_SECTION if bulk else LEAVE)
         except MemoryError as error:
             if error is self._plugins_fault:
                 raise  # told with its traceback, as any other bug of the plugin's
             raise HostError("there is no memory for the section that comes in", errno.ENOMEM) from None
+        return self._reader.position - before, items
 
     async def take(self, item: StreamItem) -> None:
         """Check or hand on what came in. Raises StreamFormatError, StreamMismatchError, and what the plugin raises."""
@@ -90,7 +104,7 @@ class Intake:
 
     async def _give(self, section: Section) -> None:
         """A section for the plugin, whose patience ends before that of a client that waits for room behind it."""
-        with trio.move_on_after(SECTION_DEADLINE) as scope:
+        with trio.CancelScope(deadline=trio.current_time() + SECTION_DEADLINE) as scope:
             await self._device.load(section)
         if scope.cancelled_caught:
             raise DeadlineError(f"the plugin took longer than {SECTION_DEADLINE} s over section {section.tag!r}")

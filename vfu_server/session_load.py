@@ -17,7 +17,7 @@ from vfu_server.session_intake import Intake
 log = logging.getLogger(__name__)
 
 SLICE = 32 << 10
-"""Bytes that are read in one go: some milliseconds, if they are records without payload."""
+"""Bytes that are read in one go: some milliseconds, if they are records without payload. Payload is read at once."""
 TURN = 0.002
 """Seconds after which the other devices, which live in the same thread, get their turn."""
 
@@ -117,12 +117,15 @@ class Load:
     async def _load(self) -> None:
         intake = Intake(self._host, self._device, self._plugin_name)
         turn = trio.current_time()
-        while (data := await self._ring.look(SLICE)) is not None:
-            with data:
-                size, items = len(data), intake.push(data)
+        while (pieces := await self._ring.look(intake.bulk or SLICE, intake.bulk or 1)) is not None:
+            try:
+                taken, items = intake.push(pieces)
+            finally:
+                for piece in pieces:
+                    piece.release()
             for item in items:
                 await intake.take(item)
-            self._ring.consume(size)  # now, since it is what a small write waits for to be answered
+            self._ring.consume(taken)  # now, since it is what a small write waits for to be answered
             if trio.current_time() - turn > TURN:
                 await trio.lowlevel.checkpoint()
                 turn = trio.current_time()

@@ -10,7 +10,7 @@ honest peer from one that computes its own sums, so what a section says is check
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
@@ -191,6 +191,8 @@ class StreamReader:
         self._skipped = 0
         self._section: SectionRecord | None = None
         self._payload = io.BytesIO()
+        self._whole = b""
+        """A section's payload that came at once."""
         self._keep = False
         self._received = 0
         self._chunk_left = 0
@@ -199,13 +201,16 @@ class StreamReader:
         self.complete = False
         """The end record has come."""
 
-    def push(self, data: ReadableBuffer) -> list[StreamItem]:
-        """Take `data`; returns what became complete with it, in order. Raises StreamFormatError."""
+    def push(self, data: ReadableBuffer, leave: int = MAX_SECTION) -> list[StreamItem]:
+        """Take `data`; returns what became complete with it, in order. Raises StreamFormatError.
+
+        It stops where payload begins of which at least `leave` bytes come at once: see `position` and `push_payload`.
+        """
         if self._fault is not None:
             raise self._fault
         self._items = []
         view = memoryview(data).cast("B")
-        while len(view):
+        while len(view) and self._chunk_left < leave:
             if self.complete:
                 self._fail("nothing behind the end record", f"{len(view)} bytes more", self.position)
             size = min(len(view), self._chunk_left or self._need - len(self._held))
@@ -217,10 +222,33 @@ class StreamReader:
                 self._hold(piece)
         return self._items
 
+    def push_payload(self, pieces: Sequence[ReadableBuffer]) -> None:
+        """Take the next `chunk_left` bytes, all of them, at once: copied once where they are a whole section."""
+        if self._fault is not None:
+            raise self._fault
+        self._items = []
+        size = sum(map(len, pieces))
+        if not size or size != self._chunk_left:
+            raise MigrationError(f"state stream: {size} bytes are not the payload that comes next")
+        if self._keep and self._section is not None and size == self._section.length:
+            self._whole = b"".join(pieces)
+        elif self._keep:
+            self._payload.writelines(pieces)
+        for piece in pieces:
+            self._crc = self._crc32c(piece, self._crc)
+        self.position += size
+        self._received += size
+        self._chunk_left = 0
+
     @property
     def items(self) -> list[StreamItem]:
         """What the last push gave; if it raised, what had become complete before the fault."""
         return self._items
+
+    @property
+    def chunk_left(self) -> int:
+        """Bytes of payload that come next, before anything else is to be looked at."""
+        return self._chunk_left
 
     def finish(self) -> None:
         """No more bytes will come. Raises StreamFormatError if the stream is not complete."""
@@ -245,7 +273,7 @@ class StreamReader:
 
     def _fail(self, expected: str, found: str, at: int) -> NoReturn:
         self._fault = StreamFormatError(f"device state stream, byte {at}: expected {expected}, found {found}")
-        self._payload = io.BytesIO()
+        self._payload, self._whole = io.BytesIO(), b""
         raise self._fault
 
     def _summed(self, data: bytes) -> bytes:
@@ -319,8 +347,10 @@ class StreamReader:
         self._section = None
         self._sections += 1
         if self._keep:
-            section = Section(record.tag, record.version, self._payload.getvalue(), record.optional)
-            self._items.append(StreamSection(record.origin, section))
+            payload, self._whole = self._whole or self._payload.getvalue(), b""
+            self._items.append(
+                StreamSection(record.origin, Section(record.tag, record.version, payload, record.optional))
+            )
             self._payload = io.BytesIO()
         else:
             self._skipped += 1

@@ -4,6 +4,7 @@ Layouts only: order, sums and what is done with them are stream.py's. All intege
 """
 
 import enum
+import re
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -41,6 +42,9 @@ SECTION: Final = struct.Struct("<16sIBBHIII")
 END: Final = struct.Struct("<IIQ")
 
 
+_TAG: Final = re.compile(rb"[\x21-\x7e]{1,16}")
+
+
 class UnfitError(ValueError):
     """Bytes that no writer gives: what was expected, what was found."""
 
@@ -57,6 +61,9 @@ class Origin(enum.IntEnum):
     """What the plugin cannot know: config space as the guest left it, pending interrupts."""
     PLUGIN = 1
     """The plugin's own."""
+
+
+_ORIGINS: Final = frozenset(Origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +222,7 @@ def unpack_section(data: bytes) -> SectionRecord:
     if not _is_tag(tag):
         raise UnfitError("a tag of 1 to 16 printable ASCII characters", repr(padded))
     name = tag.decode("ascii")
-    if flags & ~(FLAG_OPTIONAL | FLAG_PADDING) or zero or origin not in frozenset(Origin):
+    if flags & ~(FLAG_OPTIONAL | FLAG_PADDING) or zero or origin not in _ORIGINS:
         raise UnfitError(f"known flags and origin of section {name!r}", f"{flags:#x}, {origin}, {zero:#x}")
     if length > MAX_SECTION:
         raise UnfitError(f"at most {MAX_SECTION} bytes in section {name!r}", str(length))
@@ -226,7 +233,7 @@ def unpack_section(data: bytes) -> SectionRecord:
 
 
 def _is_tag(tag: bytes) -> bool:
-    return 1 <= len(tag) <= 16 and all(0x21 <= byte <= 0x7E for byte in tag)
+    return _TAG.fullmatch(tag) is not None
 
 
 def pack_end(sequence: int, sections: int, length: int) -> bytes:

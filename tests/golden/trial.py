@@ -29,10 +29,12 @@ async def into(place: Place, golden: Golden, data: bytes, chance: random.Random)
         await device.load_begin()
         at = 0
         while at < len(data):
-            size = chance.choice((1, 100, 4096, len(data)))
-            for item in intake.push(data[at : at + size]):
+            size = chance.choice((1, 100, intake.bulk or 4096, len(data)))
+            taken, items = intake.push([data[at : at + size]])
+            assert taken > 0
+            at += taken
+            for item in items:
                 await intake.take(item)
-            at += size
         intake.finish()
         writing = True
         await intake.write()

@@ -10,6 +10,7 @@ from tests.plugins_synthetic.device import FAULTS, REG_CHANGE, REG_CHANGE_MANY, 
 from tests.plugins_synthetic.in_process import in_process
 from vfu_server import uapi
 from vfu_server.device import PrecopyInfo
+from vfu_server.libvfio_user.context import RING_SIZE
 from vfu_server.libvfio_user.native import crc32c
 from vfu_server.stream import StreamEnd, StreamHeader, StreamReader, StreamSection
 from vfu_server.testing import Progress, ReplyError, migrate, save, save_early
@@ -413,7 +414,7 @@ def test_a_save_waits_for_its_reader():
         device, ring = served.device, served.session._context.ring
         client.serve(0.3)
         assert len(device.tracker.first) >= 64 - 6
-        assert ring.used == 4 * MIB
+        assert ring.used == RING_SIZE
         data = client.mig_data_read(MIB)
         data += b"".join(save(client))
         assert not device.tracker.first

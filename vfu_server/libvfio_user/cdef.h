@@ -99,6 +99,11 @@ int vs_trace_fileno(struct vs_trace *trace);
 #define VS_RING_CLOSED ...
 #define VS_RING_SAVE ...
 #define VS_RING_LOAD ...
+#define VS_RING_PIECES ...
+struct vs_piece {
+    const uint8_t *data;
+    size_t len;
+};
 
 /* device.h */
 #define VS_MAX_FDS 8
@@ -154,8 +159,8 @@ void vs_device_ring_nowait(struct vs_device *device, bool nowait);
 void vs_device_ring_excuse(struct vs_device *device);
 void vs_device_ring_eof(struct vs_device *device);
 void vs_device_ring_error(struct vs_device *device, int error);
-long vs_device_ring_write(struct vs_device *device, const void *data, size_t len);
-long vs_device_ring_look(struct vs_device *device, size_t len, const uint8_t **data);
+long vs_device_ring_write(struct vs_device *device, const void *data, size_t len, bool lend);
+long vs_device_ring_look(struct vs_device *device, size_t least, size_t len, struct vs_piece *pieces, size_t *nr);
 void vs_device_ring_consume(struct vs_device *device, size_t len);
 bool vs_device_ring_wanted(struct vs_device *device);
 size_t vs_device_ring_used(struct vs_device *device);

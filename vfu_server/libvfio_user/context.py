@@ -21,8 +21,8 @@ from vfu_server.libvfio_user.trace import Trace
 from vfu_server.policy import NUM_ANSWERS, NUM_CLASSES, Answer, StateClass
 from vfu_server.uapi import MAX_DATA_XFER_SIZE, Command, HeaderFlag
 
-RING_SIZE = 4 << 20
-"""Bytes of migration data on their way; four of the largest messages, so that neither side waits for the other's
+RING_SIZE = 3 << 20
+"""Bytes of migration data on their way; three of the largest messages, so that neither side waits for the other's
 wake-up.
 """
 

@@ -5,11 +5,15 @@ mean.
 """
 
 import errno
+from collections import deque
 
 import trio
 
 from vfu_server.errors import MigrationError
 from vfu_server.libvfio_user.native import ffi, lib
+
+LEND = 64 << 10
+"""Pieces of at least so many bytes are not copied but lent: they are kept here until the client has them."""
 
 
 class Ring:
@@ -22,21 +26,29 @@ class Ring:
     def __init__(self, device: object) -> None:
         self._device = device
         self._fd = int(lib.vs_device_ring_fd(device))
-        self._where = ffi.new("const uint8_t **")
+        self._pieces = ffi.new("struct vs_piece[]", lib.VS_RING_PIECES)
+        self._nr = ffi.new("size_t *")
+        self._lent: deque[tuple[int, bytes]] = deque()
+        """What the pump may still send from, with the place in the stream behind it."""
 
     def open_save(self, *, pre_copy: bool) -> None:
         """Begin a save: what `send` gives, the client reads. In pre-copy an empty ring is answered at once (ENOMSG)."""
-        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_SAVE, pre_copy))
+        self._open(lib.VS_RING_SAVE, pre_copy)
 
     def open_load(self, *, judged: bool = False) -> None:
         """Begin a load: what the client writes, `receive` gives. `judged`: a small write is answered when it was taken
         (`consume`), or with the errno of `fail`; else as soon as it is inside.
         """
-        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_LOAD, judged))
+        self._open(lib.VS_RING_LOAD, judged)
 
     def close(self) -> None:
         """End the session; what is still inside is dropped, and the buffer given back."""
-        self._check(lib.vs_device_ring_open(self._device, lib.VS_RING_CLOSED, False))
+        self._open(lib.VS_RING_CLOSED)
+
+    def _open(self, mode: int, option: bool = False) -> None:
+        result = lib.vs_device_ring_open(self._device, mode, option)
+        self._lent.clear()  # nobody sends from it any more
+        self._check(result)
 
     def more_to_come(self) -> None:
         """From now on a reader of the empty ring waits."""
@@ -76,15 +88,33 @@ class Ring:
     async def send_some(self, data: memoryview) -> int:
         """Put as much of `data` as there is room for, waiting for some; returns the bytes put.
 
-        Raises MigrationError if the session is over. Cancelled: nothing was put.
+        Raises MigrationError if the session is over. Cancelled: nothing was put. What lies in bytes, which nobody can
+        change, is lent if it is much.
         """
+        owner = data.obj
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()
-            with ffi.from_buffer(data) as buffer:
-                n = self._check(int(lib.vs_device_ring_write(self._device, buffer, len(data))))
+            if len(data) >= LEND and isinstance(owner, bytes) and data.contiguous:
+                n = self._write(data, lend=True)
+                if n:
+                    self._keep(owner)
+            else:
+                n = self._write(data, lend=False)
             if n or not len(data):
                 return n
             await self._wait()
+
+    def _write(self, data: memoryview, *, lend: bool) -> int:
+        with ffi.from_buffer(data) as buffer:
+            return self._check(int(lib.vs_device_ring_write(self._device, buffer, len(data), lend)))
+
+    def _keep(self, owner: bytes) -> None:
+        """`owner` was lent; what the client has by now need not be kept."""
+        total = self.total
+        self._lent.append((total, owner))
+        gone = total - self.used
+        while self._lent and self._lent[0][0] <= gone:
+            self._lent.popleft()
 
     async def send(self, data: bytes | bytearray | memoryview) -> None:
         """Put all of `data`, waiting for room. MigrationError if the session is over."""
@@ -92,19 +122,22 @@ class Ring:
         while view:
             view = view[await self.send_some(view) :]
 
-    async def look(self, size: int = 1 << 20) -> memoryview | None:
-        """Up to `size` bytes that came in, waiting for some, where they lie; None when this was all.
+    async def look(self, size: int = 1 << 20, least: int = 1) -> list[memoryview] | None:
+        """Up to `size` bytes that came in, where they lie, in a few pieces; None when this was all.
+
+        Waits until `least` are there or no more will come.
 
         To be released, and then given back with `consume`, before the next look or the session's end: the memory is the
         ring's. Raises MigrationError if the session is over.
         """
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()
-            n = int(lib.vs_device_ring_look(self._device, size, self._where))
+            n = int(lib.vs_device_ring_look(self._device, least, size, self._pieces, self._nr))
             if n == -errno.ENODATA:
                 return None
             if self._check(n) > 0:
-                return memoryview(ffi.buffer(self._where[0], n))
+                found = (self._pieces[i] for i in range(self._nr[0]))
+                return [memoryview(ffi.buffer(piece.data, piece.len)) for piece in found]
             await self._wait()
 
     def consume(self, size: int) -> None:
@@ -113,11 +146,10 @@ class Ring:
 
     async def receive(self, size: int = 1 << 20) -> bytes | None:
         """As `look`, and taken out."""
-        view = await self.look(size)
-        if view is None:
+        views = await self.look(size)
+        if views is None:
             return None
-        with view:
-            data = bytes(view)
+        data = b"".join(views)
         self.consume(len(data))
         return data
 

@@ -218,6 +218,7 @@ vs_event_new(int kind, const void *data, size_t len)
 void
 vs_event_free(struct vs_event *event)
 {
+    free(event->buffer);
     free(event);
 }
 

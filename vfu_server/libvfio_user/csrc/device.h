@@ -70,6 +70,8 @@ struct vs_event {
     struct vs_header header;
     size_t len, nr_fds;
     int fds[VS_MAX_FDS];
+    uint8_t *buffer;            /* a MIG_DATA_WRITE that waits: its `len` bytes lie at `body` in this receive buffer */
+    const uint8_t *body;
     uint8_t data[];
 };
 
@@ -137,7 +139,7 @@ struct vs_device {
 
     /* the pump's own */
     struct vfu_ctx *ctx;
-    uint8_t *buffer;
+    uint8_t *buffer;            /* VS_BUFFER_SIZE bytes, received into */
     size_t start, end;          /* unread bytes of the buffer */
     uint64_t consumed;          /* stream offset of `start` */
     uint64_t begun;             /* stream offset of the newest message that has begun */
@@ -184,8 +186,8 @@ void vs_device_ring_nowait(struct vs_device *device, bool nowait);
 void vs_device_ring_excuse(struct vs_device *device);
 void vs_device_ring_eof(struct vs_device *device);
 void vs_device_ring_error(struct vs_device *device, int error);
-long vs_device_ring_write(struct vs_device *device, const void *data, size_t len);
-long vs_device_ring_look(struct vs_device *device, size_t len, const uint8_t **data);
+long vs_device_ring_write(struct vs_device *device, const void *data, size_t len, bool lend);
+long vs_device_ring_look(struct vs_device *device, size_t least, size_t len, struct vs_piece *pieces, size_t *nr);
 void vs_device_ring_consume(struct vs_device *device, size_t len);
 /* Whether a MIG_DATA_READ waits for bytes that are not there. */
 bool vs_device_ring_wanted(struct vs_device *device);

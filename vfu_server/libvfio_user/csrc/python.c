@@ -86,15 +86,15 @@ vs_device_ring_error(struct vs_device *device, int error)
 }
 
 long
-vs_device_ring_write(struct vs_device *device, const void *data, size_t len)
+vs_device_ring_write(struct vs_device *device, const void *data, size_t len, bool lend)
 {
-    return vs_ring_write(&device->ring, data, len);
+    return vs_ring_write(&device->ring, data, len, lend);
 }
 
 long
-vs_device_ring_look(struct vs_device *device, size_t len, const uint8_t **data)
+vs_device_ring_look(struct vs_device *device, size_t least, size_t len, struct vs_piece *pieces, size_t *nr)
 {
-    return vs_ring_look(&device->ring, len, data);
+    return vs_ring_look(&device->ring, least, len, pieces, nr);
 }
 
 void

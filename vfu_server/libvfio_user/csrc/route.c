@@ -148,7 +148,8 @@ static enum served
 mig_data_read(struct vs_device *device, struct vs_event *held)
 {
     struct vfio_user_mig_data data;
-    struct iovec iov[2];
+    struct iovec iov[VS_RING_PIECES];
+    size_t nr;
     long n;
 
     if (held->len < sizeof(data)) {
@@ -160,7 +161,7 @@ mig_data_read(struct vs_device *device, struct vs_event *held)
         refuse(device, &held->header, EINVAL, "MIG_DATA_READ asks for more than one transfer may carry");
         return SERVED;
     }
-    n = vs_ring_peek(&device->ring, iov, data.size);
+    n = vs_ring_peek(&device->ring, iov, &nr, data.size);
     if (n == -EAGAIN) {
         return WAITS;
     }
@@ -173,7 +174,7 @@ mig_data_read(struct vs_device *device, struct vs_event *held)
     }
     data.argsz = (uint32_t)(sizeof(data) + (size_t)n);
     data.size = (uint32_t)n;
-    vs_send(device, &held->header, &data, sizeof(data), iov, n > 0 ? 2 : 0, NULL, 0, 0);
+    vs_send(device, &held->header, &data, sizeof(data), iov, nr, NULL, 0, 0);
     vs_ring_consume(&device->ring, (size_t)n);
     return SERVED;
 }
@@ -185,8 +186,25 @@ mig_data_read(struct vs_device *device, struct vs_event *held)
  */
 #define SMALL_WRITE (64U << 10)
 
+/* Goes on in another receive buffer; the present one, which it returns, is the caller's. NULL: there is no memory. */
+static uint8_t *
+detach_buffer(struct vs_device *device, const struct vs_message *message)
+{
+    size_t behind = (size_t)(message->body + message->body_len - device->buffer);
+    uint8_t *buffer = device->buffer, *other = vs_ring_spare(&device->ring, VS_BUFFER_SIZE);
+
+    if (other == NULL) {
+        return NULL;
+    }
+    memcpy(other + behind, buffer + behind, device->end - behind);  /* read ahead: at the same place */
+    device->buffer = other;
+    return buffer;
+}
+
+/* `*buffer`, unless it is NULL, is what `body` lies in; it is NULL afterwards if the ring has it. */
 static enum served
-mig_data_write(struct vs_device *device, const struct vs_header *header, const uint8_t *body, size_t len)
+mig_data_write(struct vs_device *device, const struct vs_header *header, const uint8_t *body, size_t len,
+               uint8_t **buffer)
 {
     struct vfio_user_mig_data data;
     int ret;
@@ -200,7 +218,11 @@ mig_data_write(struct vs_device *device, const struct vs_header *header, const u
         refuse(device, header, EINVAL, "MIG_DATA_WRITE does not carry what it says");
         return SERVED;
     }
-    ret = device->data_put ? 0 : vs_ring_put(&device->ring, body + sizeof(data), data.size);
+    ret = device->data_put ? 0 : vs_ring_put(&device->ring, body + sizeof(data), data.size, *buffer);
+    if (ret == 1) {
+        *buffer = NULL;
+        ret = 0;
+    }
     if (ret == 0 && data.size <= SMALL_WRITE) {
         device->data_put = true;
         ret = vs_ring_taken(&device->ring);
@@ -230,7 +252,8 @@ serve(struct vs_device *device, struct vs_event *held)
     case VFIO_USER_MIG_DATA_READ:
         return mig_data_read(device, held);
     case VFIO_USER_MIG_DATA_WRITE:
-        return mig_data_write(device, &held->header, held->data, held->len);
+        return mig_data_write(device, &held->header, held->buffer != NULL ? held->body : held->data, held->len,
+                              &held->buffer);
     default:
         return TO_PYTHON;
     }
@@ -259,17 +282,23 @@ static void
 ordered(struct vs_device *device, struct vs_message *message)
 {
     bool behind = device->busy || device->data_wait != NULL || device->nr_held > 0;
+    uint8_t *buffer = NULL;
     struct vs_event *held;
 
-    /* The bulk of a load is not copied on its way into the ring. */
-    if (message->header.command == VFIO_USER_MIG_DATA_WRITE && !behind &&
-        mig_data_write(device, &message->header, message->body, message->body_len) == SERVED) {
-        return;
+    /* The bulk of a load is not copied on its way into the ring: the buffer that it lies in changes hands. */
+    if (message->header.command == VFIO_USER_MIG_DATA_WRITE && !behind && message->body_len >= VS_RING_GIVE) {
+        buffer = detach_buffer(device, message);
     }
-    held = vs_event_new(VS_EVENT_MESSAGE, message->body, message->body_len);
+    held = vs_event_new(VS_EVENT_MESSAGE, message->body, buffer != NULL ? 0 : message->body_len);
     if (held == NULL) {
+        free(buffer);
         vs_send(device, &message->header, NULL, 0, NULL, 0, NULL, 0, ENOMEM);
         return;
+    }
+    if (buffer != NULL) {
+        held->buffer = buffer;
+        held->body = message->body;
+        held->len = message->body_len;
     }
     held->header = message->header;
     held->header.error = 0;     /* of a command it means nothing */

@@ -108,7 +108,7 @@ static int
 send_message(struct vs_device *device, struct vs_header *header, const struct iovec *parts, size_t nr_parts,
              const int *fds, size_t nr_fds)
 {
-    struct iovec iov[6];
+    struct iovec iov[2 + VS_RING_PIECES];
     size_t nr = 0, size = sizeof(*header);
 
     iov[nr++] = (struct iovec){ header, sizeof(*header) };
@@ -122,13 +122,13 @@ send_message(struct vs_device *device, struct vs_header *header, const struct io
     return send_all(device, iov, nr, fds, nr_fds);
 }
 
-/* Replies to `request`: `head`, then `data` (at most four pieces). An error reply is its header alone. */
+/* Replies to `request`: `head`, then `data` (at most VS_RING_PIECES pieces). An error reply is its header alone. */
 int
 vs_send(struct vs_device *device, const struct vs_header *request, const void *head, size_t head_len,
         const struct iovec *data, size_t nr_data, const int *fds, size_t nr_fds, int error)
 {
     struct vs_header header = { .id = request->id, .command = request->command, .error = (uint32_t)error };
-    struct iovec parts[5] = { { (void *)(uintptr_t)head, head_len } };
+    struct iovec parts[1 + VS_RING_PIECES] = { { (void *)(uintptr_t)head, head_len } };
 
     device->counters.errors += error != 0;
     if ((request->flags & VFIO_USER_F_NO_REPLY) != 0) {
@@ -138,6 +138,9 @@ vs_send(struct vs_device *device, const struct vs_header *request, const void *h
     header.flags = VFIO_USER_F_TYPE_REPLY | (error != 0 ? VFIO_USER_F_ERROR : 0);
     if (error != 0) {
         return send_message(device, &header, NULL, 0, NULL, 0);
+    }
+    if (nr_data > VS_RING_PIECES) {
+        return end_connection(device, "a reply in too many pieces");
     }
     for (size_t i = 0; i < nr_data; i++) {
         parts[1 + i] = data[i];
@@ -254,7 +257,7 @@ receive(struct vs_device *device, int flags)
 
     if (device->start == device->end) {
         device->start = device->end = 0;
-    } else if (VS_BUFFER_SIZE - device->end < VS_MAX_MESSAGE) {
+    } else if (device->start > 0 && VS_BUFFER_SIZE - device->end < VS_MAX_MESSAGE) {
         memmove(device->buffer, device->buffer + device->start, device->end - device->start);
         device->end -= device->start;
         device->start = 0;
