@@ -82,6 +82,7 @@ def _kernel(machine: Machine, where: Path, rounds: int) -> Iterator[Row]:
     with serve(machine, where, "kernel", plugin="benchmark_kernel") as served:
         state = _State(machine, where, served)
         state.served.set_state(late=BYTES)
+        state.loop.unlink(missing_ok=True)
         with Running(machine.bound([str(program("loop")), str(state.loop), str(BYTES)])) as loop:
             ours, peer = interleaved(rounds, lambda: state.save(served.sock), state.drain)
             name = "kernel driver's data fd to socket, summed (peer: read and send)"
