@@ -6,7 +6,7 @@ It writes nothing to the device. Each session has a new one, so a check that was
 import errno
 from collections.abc import Awaitable, Callable
 
-from plugins.hns.blob import MATCH_SIZE, SIZE, Match, State, decode_match, decode_state
+from plugins.hns.blob import MATCH_SIZE, SIZE, Match, State, decode_match, decode_state, ring_address
 from vfu_server.errors import StreamFormatError
 
 Check = Callable[[Match], Awaitable[None]]
@@ -33,7 +33,9 @@ class Loading:
             self._match = match
 
     def result(self) -> tuple[Match, State | None]:
-        """The whole state; no State for a function whose guest has no driver loaded. StreamFormatError: not complete.
+        """The whole state; no State for a function whose guest has no driver loaded.
+
+        StreamFormatError: it is not complete, or contradicts itself.
 
         A state whose match part was never checked is not given out.
         """
@@ -41,4 +43,9 @@ class Loading:
             raise StreamFormatError(f"the state has {len(self._data)} bytes, not the {MATCH_SIZE} of a match part")
         if len(self._data) == MATCH_SIZE:
             return self._match, None
-        return self._match, decode_state(self._data)
+        state = decode_state(self._data)
+        # Told twice, and only the contexts are written: a wrong one could not be seen in the hardware.
+        for name, address, context in (("EQEs", state.eqe, state.eqc), ("AEQEs", state.aeqe, state.aeqc)):
+            if address != (other := ring_address(context)):
+                raise StreamFormatError(f"the {name} are at {address:#x} and, by their context, at {other:#x}")
+        return self._match, state

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import trio_test
 
 from plugins.hns import decode as decoding
 from plugins.hns import mailbox as mb
 from plugins.hns import registers
 from plugins.hns.blob import (
     MAGIC_V1,
+    MAGIC_V2,
     MATCH_SIZE,
     NOT_READY,
     SIZE,
@@ -20,6 +22,7 @@ from plugins.hns.blob import (
     decode_state,
 )
 from plugins.hns.doorbell import AEQ, CQ, EQ, SQ, Doorbell, restart
+from plugins.hns.loading import Loading
 from plugins.hns.mailbox import Request
 from plugins.hns.vft import Queues, queues_of
 from vfu_server.device import Section
@@ -114,6 +117,30 @@ def test_addresses_of_the_old_layout_come_from_the_context_words(state):
     assert found.eqe == state.eqc[2] << 32 | state.eqc[1]
     assert found.aeqe == state.aeqc[2] << 32 | state.aeqc[1]
     assert dataclasses.replace(found, eqe=state.eqe, aeqe=state.aeqe) == state
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"eqe": 0x1020}, "EQEs are at 0x1020 and, by their context, at 0x1000"),
+        ({"aeqe": 0}, "AEQEs are at 0x0 and, by their context, at 0x300002000"),
+        ({"eqc": (0, 0x1000, 1, 0, 0, 0, 7)}, "EQEs are at 0x1000 and, by their context, at 0x100001000"),
+    ],
+)
+@trio_test
+async def test_a_state_that_tells_two_places_of_a_ring_is_not_loaded(change, words):
+    async def check(match):
+        assert match.queues == 16
+
+    good = State(0, 0, 0, 0, 0, 0, (0, 0x1000, 0, 0, 0, 0, 7), (0, 0x2000, 3, 0, 0, 0, 7), 0x1000, 0x300002000, 5, 6)
+    for state, magic in ((good, MAGIC_V2), (dataclasses.replace(good, **change), MAGIC_V1)):
+        loading = Loading(check)
+        await loading.add(Match(16, 2, 1, 64, magic=magic).encode() + state.encode())
+        assert loading.result()[1] is not None  # the old layout tells one place only
+    loading = Loading(check)
+    await loading.add(Match(16, 2, 1, 64).encode() + dataclasses.replace(good, **change).encode())
+    with pytest.raises(StreamFormatError, match=words):
+        loading.result()
 
 
 @pytest.mark.parametrize(
