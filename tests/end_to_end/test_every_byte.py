@@ -58,7 +58,7 @@ class Loader:
         """Load `data` from beginning to end; what it was refused with."""
         await self.load.open()
         try:
-            with contextlib.suppress(ReplyError):  # in a thread: a small write is answered when this one has looked at it
+            with contextlib.suppress(ReplyError):  # in a thread: this one has to look at a small write first
                 await trio.to_thread.run_sync(self.client.mig_data_write, data)
             await self.load.finish()
         except Exception as error:  # noqa: BLE001 - the test says which it may be
