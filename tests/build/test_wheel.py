@@ -67,6 +67,8 @@ def test_wheel_holds_what_runs_and_the_licences(wheel: Path) -> None:
     folders = {name.split("/")[0] for name in names}
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"vfu_server", "plugins"}
     assert "vfu_server/py.typed" in names
+    templates = [name for name in names if name.startswith("vfu_server/tools/plugin_template/")]
+    assert len(templates) == 8
     for notice in ("LICENSE", "licenses/libvfio-user.txt", "licenses/json-c.txt"):
         assert any(name.endswith(f".dist-info/licenses/{notice}") for name in names)
     assert not [name for name in names if name.endswith((".c", "_native.stamp")) or "/tests/" in name]
