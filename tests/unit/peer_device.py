@@ -67,7 +67,7 @@ class PeerDevice(threading.Thread):
             payload = self.sock.recv(size - 16, socket.MSG_WAITALL) if size > 16 else b""
             reply, reply_fds, error = b"", [], 0
             try:
-                reply, reply_fds = self._handle(Command(command), payload, fds)
+                reply, reply_fds = self._serve_one(Command(command), payload, fds)
             except OSError as failure:
                 error = failure.errno
             if flags & HeaderFlag.NO_REPLY:
@@ -93,7 +93,7 @@ class PeerDevice(threading.Thread):
         if error := self.refuse.get((command, detail)):
             raise OSError(error, "as ordered")
 
-    def _handle(self, command, payload, fds):
+    def _serve_one(self, command, payload, fds):
         handler = getattr(self, f"_{command.name.lower()}")
         answer = handler(payload, fds)
         return answer if isinstance(answer, tuple) else (answer or b"", [])
