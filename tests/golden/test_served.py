@@ -68,7 +68,7 @@ def test_connectx_is_taken_and_works_for_a_driver_that_begins_anew(tmp_path):
     with Mlx5Served(tmp_path / "m", "--image-size", str(LEAST_IMAGE)) as served, served.guest() as guest:
         arrive(guest, "connectx")
         assert guest.config.read(0x3C, 1) == 9
-        assert served.registers["pair[2].enabled"] == 1
+        assert served.card.registers()["pair[2].enabled"] == 1
         guest.client.reset()
         guest.config.write(PCI_COMMAND, 2, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)
         guest.enable_msix(8)

@@ -12,7 +12,8 @@ from plugins.hns.blob import Match, State
 from plugins.hns.loading import Loading
 from vfu_server.errors import MigrationError, StreamFormatError, StreamMismatchError
 
-STATE = State(0, 0, 0, 0, 0, 0, (1,) * 7, (2,) * 7, 0x1000, 0x2000, 0x3000, 0x4000)
+EQC, AEQC = (0, 0x1000, 0, 0, 0, 0, 0), (0, 0x2000, 0, 0, 0, 0, 0)
+STATE = State(0, 0, 0, 0, 0, 0, EQC, AEQC, 0x1000, 0x2000, 0x3000, 0x4000)
 MATCH = Match(16, 0xA251, 1, 64)
 BLOB = MATCH.encode() + STATE.encode()
 
