@@ -208,6 +208,8 @@ class Judge:
     def others_may_come(self) -> None:
         """The next client of each side finds a device as new, or is told why not."""
         for side in (self.source, self.destination):
+            side.device.forget_orders()  # the place may not have been come by: how much is given early is chance
+            side.host.orders.clear()
             side.client.close()
             if side.host.gone:
                 until(lambda side=side: not side.served, f"{side.name} is gone and goes on")

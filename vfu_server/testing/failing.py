@@ -124,6 +124,11 @@ class FailingDevice(Device):
         with self._books:
             self._orders[Call(method, self._counts[method] + nth)] = failure
 
+    def forget_orders(self) -> None:
+        """What has not struck by now never will."""
+        with self._books:
+            self._orders.clear()
+
     # what it does to a call
 
     def _called(self, method: str) -> Failure | None:
