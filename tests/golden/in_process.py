@@ -20,15 +20,6 @@ HEADER = ((0x0C, 1), (0x0D, 1), *((at, 4) for at in range(0x10, 0x28, 4)), (0x30
 """What a guest writes in config space, as (offset, bytes)."""
 
 
-def told(parts: Parts, tag: str) -> list[bytes]:
-    """The payloads of a plugin's section, of version 1: others it does not know, and has refused, or skipped."""
-    return [
-        part.section.payload
-        for part in parts.sections
-        if (part.origin, part.section.tag, part.section.version) == (Origin.PLUGIN, tag, 1)
-    ]
-
-
 class TrioBus(FakeBus):
     """A FakeBus whose time is trio's. Memory is what the door has mapped, and `memory` below that."""
 

@@ -16,8 +16,8 @@ from plugins.hns.models.traffic import Traffic
 from plugins.hns.probe import probe
 from plugins.hns.registers import KINDS
 from tests.end_to_end.streams import Parts
-from tests.golden.in_process import ModelHost, told
-from tests.golden.registry import Golden
+from tests.golden.in_process import ModelHost
+from tests.golden.registry import Golden, told
 from tests.plugins.hns.served import MEMORY, SECONDS, Served
 from tests.plugins.mlx5.companion import OneCompanion
 from vfu_server.device import Device, StopKind

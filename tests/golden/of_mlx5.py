@@ -1,7 +1,8 @@
 """The golden stream of the plugin mlx5, migrated by its own driver of the physical function, and where it is loaded.
 
-Made by a real server before the plugin's model, with frames on their way. Loaded before a card in this process, whose
-firmware looks at every byte of an image; then it is asked for another image, and that is compared with the stream's.
+Made by a real server before the plugin's model, with frames that the guest had not seen yet. Loaded before a card in
+this process, whose firmware looks at every byte of an image; then it is asked for another image, and that is compared
+with the stream's.
 """
 
 import struct
@@ -11,13 +12,13 @@ from pathlib import Path
 import trio
 
 from plugins.mlx5.models.functions import functions
-from plugins.mlx5.models.image import HEADER_SIZE, Geometry, Reader
+from plugins.mlx5.models.image import HEADER_SIZE, Geometry, Reader, WrongImageError
 from plugins.mlx5.models.options import LEAST_IMAGE, Options
 from plugins.mlx5.models.traffic import Traffic
 from plugins.mlx5.probe import probe
 from tests.end_to_end.streams import Parts
-from tests.golden.in_process import ModelHost, told
-from tests.golden.registry import Golden
+from tests.golden.in_process import ModelHost
+from tests.golden.registry import Golden, told
 from tests.plugins.carry import ListSink
 from tests.plugins.mlx5.companion import OneCompanion
 from tests.plugins.mlx5.test_served import GuestPort, Served
@@ -70,16 +71,16 @@ class Mlx5Place:
 
     async def differences(self, parts: Parts) -> list[str]:
         wrong = self.host.header_differences(parts, self._bits)
-        given = held(b"".join(told(parts, "kernel")))
         sink = ListSink()
         try:
+            given = held(b"".join(told(parts, "kernel")))
             await self.device.save_begin()
             await self.device.save(SavePhase.STOP_COPY, sink)
             await self.device.save_end()
             found = held(b"".join(section.payload for section in sink.sections))
             for kind in (StopKind.FULL, StopKind.P2P):
                 await self.device.start(kind)
-        except VfuServerError as error:
+        except (WrongImageError, VfuServerError) as error:
             return [*wrong, f"the firmware says: {error}"]
         for what, theirs, ours in zip(("state", "blocks", "whole"), given, found, strict=True):
             if theirs != ours:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plugins.vfio
 from tests.end_to_end.streams import Parts
-from tests.golden.registry import Golden
+from tests.golden.registry import Golden, told
 from tests.host.fake_function import FakeFunction
 from tests.host.fake_kernel import FakeKernel
 from tests.host.fake_migration import MAGIC, P2P, PRE_COPY, STOP_COPY, FakeMigration
@@ -18,7 +18,6 @@ from tests.host.served import BDF, served
 from tests.host.tree import Machine
 from vfu_server.device import Device, StopKind
 from vfu_server.host.kernel import open_bdf
-from vfu_server.stream import Origin
 from vfu_server.testing import save, save_early
 from vfu_server.uapi import MigState
 
@@ -52,7 +51,7 @@ class VfioPlace:
         return bytes(self.driver.state) != bytes(SIZE)
 
     async def differences(self, parts: Parts) -> list[str]:
-        data = b"".join(part.section.payload for part in parts.sections if part.origin is Origin.PLUGIN)
+        data = b"".join(told(parts, "kernel"))
         at = len(MAGIC)
         while data[at : at + 1] == b"~":
             at += 9 + int.from_bytes(data[at + 1 : at + 9], "little")

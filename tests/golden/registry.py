@@ -15,6 +15,7 @@ from typing import Protocol
 from tests.end_to_end.streams import Parts, parts_of
 from vfu_server.device import Device
 from vfu_server.host_device import HostDevice
+from vfu_server.stream import Origin
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "streams"
 
@@ -64,6 +65,15 @@ class Golden:
 
     def __str__(self) -> str:
         return self.name
+
+
+def told(parts: Parts, tag: str) -> list[bytes]:
+    """The payloads of a plugin's section, of version 1: others it does not know, and has refused, or skipped."""
+    return [
+        part.section.payload
+        for part in parts.sections
+        if (part.origin, part.section.tag, part.section.version) == (Origin.PLUGIN, tag, 1)
+    ]
 
 
 @cache
