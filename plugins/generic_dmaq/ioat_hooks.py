@@ -120,7 +120,9 @@ class IoatHooks(Hooks):
             self.bench.warn(f"{channel.name}: the errors {channel.errors:#x} that it had are not carried")
         await self._reset(channel)
         if not channel.has_run:
-            if channel.chain:
+            if channel.state == DONE:
+                await self._leave_halted(channel, "it was done, but with no descriptor")
+            elif channel.chain:
                 self.bench.port.write_halves(f"{channel.name}.chainaddr", channel.chain)
             return
         if not self.bench.layout.profile.hook_options.get("null_chain", True):

@@ -141,6 +141,21 @@ async def test_a_channel_that_was_only_set_up_starts_its_chain(autojump_clock: M
 
 
 @trio_test
+async def test_a_channel_that_was_done_with_nothing_is_halted_and_it_is_told(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = FakeIoat(), FakeIoat()
+    source.chans[0].state = 1
+    source.chans[0].regs[0x10] = 0x7F
+    device = take(target)
+    with caplog.at_level(logging.WARNING):
+        await loaded(device, await saved(take(source)))
+    assert "left halted, its driver must restart it: it was done, but with no descriptor" in caplog.text
+    assert [channel.state for channel in target.chans] == [3, 3]
+    assert device.statistics()["channels_halted"] == 1
+
+
+@trio_test
 async def test_each_channel_keeps_its_own_place(autojump_clock: MockClock) -> None:
     source, first = await used(3)
     second = Driver(source, 1)
