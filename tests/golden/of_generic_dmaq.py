@@ -94,13 +94,13 @@ class DmaqPlace:
         return wrong + ["command"] * (bytes(self.host.config[command]) != config[command])
 
     def _lossy(self, given: dict[int, int], found: dict[int, int]) -> dict[int, int]:
-        """By offset, the bits that may be lost: read-only ones and those whose reads or writes act, errors of channels,
-        where a channel is in a chain that it has run, and all of the place of one that was left halted, which must be
-        told.
+        """By offset, the bits that may be lost: read-only and reserved ones and those whose reads or writes act, errors
+        of channels, where a channel is in a chain that it has run, and all of the place of one that was left halted,
+        which must be told.
         """
         if self._type is FakeEdu:
             return {}
-        lossy, halted = {0x0C: 0xC000}, 0
+        lossy, halted = {0x03: 0xF6, 0x0C: 0xC000}, 0
         for base in range(0x80, 0x80 * (self._type.channels + 1), 0x80):
             lossy |= {base + 0x28: ALL, base + 0x08: ALL & ~7, base: 0x101}
             if given[base + 0x08] & 7 == HALTED:
