@@ -170,10 +170,12 @@ class Migration:
 
     async def fail(self) -> None:
         """Nobody knows what the device does any more: state ERROR, left by a reset only."""
-        self.state = MigState.ERROR
-        self._machine.present(self._name, self.state)
         with trio.CancelScope(shield=True):
-            await self.switch_class(StateClass.ERROR)
+            try:
+                await self.switch_class(StateClass.ERROR)
+            finally:  # last: who reads the state finds accesses answered as it says
+                self.state = MigState.ERROR
+                self._machine.present(self._name, self.state)
 
     async def lose(self, cause: DeviceGoneError) -> None:
         """The device is gone for good: ERROR, also for a change of state that is under way."""
