@@ -95,7 +95,7 @@ class Intake:
 
     def _known(self, origin: Origin, tag: str, version: int) -> bool:
         if origin is Origin.SERVER:
-            return version <= SERVER_SECTIONS.get(tag, 0)
+            return 1 <= version <= SERVER_SECTIONS.get(tag, 0)
         try:
             return self._device.knows(tag, version)
         except MemoryError as error:

@@ -201,6 +201,8 @@ def cut(payload):
         ("memory", cut, {}, "StreamFormatError", "the memory section has 4095 bytes, not 4096"),
         ("memory", lambda p: p + b"!", {}, "StreamFormatError", "the memory section has 4097 bytes, not 4096"),
         ("memory", bytes, {"version": 2}, "StreamFormatError", "unknown section 'memory' version 2"),
+        ("config", bytes, {"version": 2}, "StreamFormatError", "section 'config'"),
+        ("config", bytes, {"version": 0}, "StreamFormatError", "section 'config'"),
     ],
 )
 def test_sections_with_other_contents(edu_source, edu, edu_stream, tag, change, fields, error, words):
