@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import accesses, dirty, machine, native_build, process, rows, state
+from benchmarks import accesses, dirty, machine, native_build, process, rows, state, vendors
 from benchmarks.machine import Machine
 from benchmarks.processes import TREE, BenchmarkError, folder
 from benchmarks.rows import Row
@@ -24,6 +24,7 @@ SUITES: dict[str, Suite] = {
     "process": process.measure,
     "state": state.measure,
     "dirty": dirty.measure,
+    "vendors": vendors.measure,
 }
 
 

@@ -1,0 +1,101 @@
+"""Whole migrations of the vendors' plugins before their software models: how long each step keeps the guest waiting.
+
+Nothing is compared: there is no other program that migrates these models. The hardware is software, so what a firmware
+takes for a save is the model's; the server's part, and how it grows with the state, is what can be read here.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.machine import Machine
+from benchmarks.processes import Running, python
+from benchmarks.rows import Row, absolute
+from vfu_server.testing import Guest, migrate
+from vfu_server.testing.migrate import MigrationRecord
+
+MIB = 1 << 20
+STEPS = ("source STOP_COPY", "stop-copy data", "destination RUNNING")
+"""What the downtime is made of, besides memory, which is the VMM's."""
+QUESTIONS = 300
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model with its arguments, and the plugin that migrates it."""
+
+    name: str
+    plugin: str
+    module: str
+    arguments: tuple[str, ...]
+    pre_copy: bool
+
+
+def _card(size: str, *, pre_copy: bool) -> Subject:
+    how = "with" if pre_copy else "without"
+    arguments = ("connectx", "--image-size", size)
+    return Subject(f"mlx5, image of {size}, {how} pre-copy", "mlx5", "plugins.mlx5.models", arguments, pre_copy)
+
+
+SUBJECTS = (
+    Subject("hns zip", "hns", "plugins.hns.models", ("zip",), pre_copy=True),
+    *(_card(size, pre_copy=pre_copy) for size in ("64K", "16M", "256M") for pre_copy in (True, False)),
+)
+
+
+def measure(machine: Machine, rounds: int, where: Path) -> Iterator[Row]:
+    """All rows about whole migrations."""
+    for number, subject in enumerate(SUBJECTS):
+        with ExitStack() as stack:
+            sockets = [_served(stack, machine, where, f"{number}{side}", subject) for side in "ab"]
+            records = [_move(sockets[n % 2], sockets[(n + 1) % 2], subject) for n in range(max(rounds, 3))]
+            yield from _rows(subject, records)
+            if subject.plugin == "mlx5" and subject.pre_copy and subject.arguments[-1] == "64K":
+                yield _questions(sockets[0])
+
+
+def _served(stack: ExitStack, machine: Machine, where: Path, name: str, subject: Subject) -> Path:
+    device, sock = where / f"{name}.model", where / f"{name}.sock"
+    stack.enter_context(Running(python("-m", subject.module, *subject.arguments, "--socket-path", device)))
+    options = ("--plugin", subject.plugin, "--device-socket", device, "--socket-path", sock, "--log-level", "error")
+    stack.enter_context(Running(machine.bound(python("-m", "vfu_server", *options)), listens=sock))
+    return sock
+
+
+def _move(here: Path, there: Path, subject: Subject) -> MigrationRecord:
+    with Guest.connect(str(here), timeout=TIMEOUT) as source, Guest.connect(str(there), timeout=TIMEOUT) as destination:
+        source.start()
+        destination.plug_in()
+        destination.machine_reset()
+        return migrate(source.client, destination.client, pre_copy=subject.pre_copy)
+
+
+def _rows(subject: Subject, records: list[MigrationRecord]) -> Iterator[Row]:
+    downtime = median(record.downtime for record in records) * 1e3
+    late = median(record.stop_copy_bytes for record in records) / MIB
+    steps = ", ".join(f"{name} {median(record.seconds(name) for record in records) * 1e3:.1f}" for name in STEPS)
+    reason = f"ms by step: {steps}; {late:.2f} MiB of state while the guest stood still"
+    yield absolute(f"downtime of {subject.name}", "ms", downtime, reason=reason)
+    rates = [
+        (record.pre_copy_bytes + record.stop_copy_bytes)
+        / MIB
+        / (record.seconds("pre-copy data") + record.seconds("stop-copy data"))
+        for record in records
+    ]
+    yield absolute(f"state of {subject.name}, from firmware to firmware", "MiB/s", median(rates))
+
+
+def _questions(sock: Path) -> Row:
+    """MIG_DATA_SIZE is a QUERY_VHCA_MIGRATION_STATE on the card's command queue each time."""
+    with Guest.connect(str(sock), timeout=TIMEOUT) as guest:
+        guest.start()
+        began = time.perf_counter()
+        for _ in range(QUESTIONS):
+            guest.client.mig_data_size()
+        taken = time.perf_counter() - began
+    name = "commands through the command queue, one after the other, each asked for by a client"
+    return absolute(name, "1/s", QUESTIONS / taken)
