@@ -24,7 +24,7 @@ from plugins.hns.restore import check_match, write_state
 from plugins.hns.save import match_part, read_state
 from plugins.hns.self_test import log_registers
 from plugins.hns.vft import Queues
-from plugins.hns.window import Window
+from plugins.hns.window import Window, memory_space
 from vfu_server.companion import Companions
 from vfu_server.device import (
     Capabilities,
@@ -69,6 +69,8 @@ class HnsDevice(Device):
         self._queues = Queues(0, 0)
         """As the PF has given them: found before any guest is there, since a running guest has the mailbox."""
         self._match_sent = False
+        self._own = (self._queues, 0)
+        """Queues and isolation, as they were when a load began."""
         self._loading = Loading(self._check)
         self._counts = dict.fromkeys(("stops", "stops_failed", "saves", "restores", "resets", "unused_states"), 0)
 
@@ -147,10 +149,11 @@ class HnsDevice(Device):
         with self.lock:
             self._gate.close()
         try:
-            await self._mailbox.idle()
-            if self._gate.view is None:
-                self._gate.view = self._window.mailbox_words()
-            self._rest = await drain.stop(self._window, self._mailbox, self._pf)
+            with memory_space(self.host):
+                await self._mailbox.idle()
+                if self._gate.view is None:
+                    self._gate.view = self._window.mailbox_words()
+                self._rest = await drain.stop(self._window, self._mailbox, self._pf)
         except BaseException:
             self._counts["stops_failed"] += 1
             with self.lock:
@@ -161,7 +164,8 @@ class HnsDevice(Device):
     async def start(self, kind: StopKind) -> None:
         """Restart the queues that were paused, or that a restore has brought; raise pending events after a restore."""
         if self._rest is not None and self._rest.paused:
-            await drain.start(self._window, self._mailbox, self._rest, events=self._restored)
+            with memory_space(self.host):
+                await drain.start(self._window, self._mailbox, self._rest, events=self._restored)
         self._rest, self._restored = None, False
         with self.lock:
             self._gate.open()
@@ -196,7 +200,8 @@ class HnsDevice(Device):
                 await sink.send(Section(TAG, SECTION_VERSION, self._match().encode()))
                 self._match_sent = True
             return
-        state = await read_state(self._window, self._mailbox)
+        with memory_space(self.host):
+            state = await read_state(self._window, self._mailbox)
         payload = b"" if state is None else state.encode()
         if not self._match_sent:
             payload = self._match(ready=state is not None).encode() + payload
@@ -213,16 +218,24 @@ class HnsDevice(Device):
 
     def _isolation(self) -> int:
         """The device's; without a PF the function's own register tells the same."""
-        return self._window.read("queue_isolation") if self._pf is None else self._pf.isolation()
+        if self._pf is not None:
+            return self._pf.isolation()
+        with memory_space(self.host):
+            return self._window.read("queue_isolation")
 
     # load
 
     async def load_begin(self) -> None:
-        """Forget an abandoned load, and what the function was at itself: none of it may stay beside the new state."""
+        """Forget an abandoned load, and what the function was at itself: none of it may stay beside the new state.
+
+        What a match part is compared with is read now, while the client waits: later it may write COMMAND at any time.
+        """
         self._loading = Loading(self._check)
         if self._rest is not None and self._rest.paused:
             await self.host.reset()
             self._rest = AtRest(self._rest.queues, paused=False)
+        with memory_space(self.host):
+            self._own = (await drain.read_queues(self._mailbox), self._isolation())
 
     def knows(self, tag: str, version: int) -> bool:
         return (tag, version) in ((TAG, SECTION_VERSION), (TAG_MAILBOX, MAILBOX_VERSION))
@@ -237,16 +250,16 @@ class HnsDevice(Device):
             self._loading.mailbox = section.payload
 
     async def _check(self, match: Match) -> None:
-        queues = await drain.read_queues(self._mailbox)
-        check_match(match, self._facts.kind.vf_id, queues, self._isolation())
+        check_match(match, self._facts.kind.vf_id, *self._own)
 
     async def load_done(self) -> None:
         """Write the state, if there is any. StreamFormatError, RestoreError."""
         match, state = self._loading.result()
-        queues = await drain.read_queues(self._mailbox)
-        used = state is not None and state.has_queues
-        if state is not None and used:
-            await write_state(self._window, self._mailbox, match, state)
+        with memory_space(self.host):
+            queues = await drain.read_queues(self._mailbox)
+            used = state is not None and state.has_queues
+            if state is not None and used:
+                await write_state(self._window, self._mailbox, match, state)
         self._counts["unused_states"] += not used
         self._rest, self._restored = AtRest(queues, paused=used), used
         with self.lock:

@@ -5,7 +5,7 @@ What is in them decides which scripts can share one: a script finds its function
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from tests.model_process import ModelProcess
@@ -56,6 +56,30 @@ def model(home: Path) -> Iterator[Plugged]:
         yield Plugged([vfio_user(served.path)])
 
 
+@contextmanager
+def two_of(home: Path, module: str, *arguments: str) -> Iterator[Plugged]:
+    """Two of a vendor's devices, models that run outside: PF and VF of each as PCI devices, one after the other."""
+    devices: list[Device] = []
+    with ExitStack() as stack:
+        for name in ("a", "b"):
+            (home / name).mkdir()
+            served = ModelProcess(home / name, *arguments, module=module, time_scale=1.0)
+            path = stack.enter_context(served).path
+            devices += [vfio_user(path), vfio_user(path.with_name(f"{path.name}.pf"))]
+        yield Plugged(devices)
+
+
+def hns(home: Path) -> AbstractContextManager[Plugged]:
+    """Two ZIP accelerators."""
+    return two_of(home, "plugins.hns.models", "zip")
+
+
+def mlx5(home: Path) -> AbstractContextManager[Plugged]:
+    """Two ConnectX cards with a small state and few pages of their driver's: each page is a message."""
+    pages = ("--boot-pages", "4", "--init-pages", "8", "--vf-pages", "4", "--save-pages", "2")
+    return two_of(home, "plugins.mlx5.models", "connectx", "--image-size", "64K", *pages)
+
+
 GROUP, CDEV = Kind("group", "stock", functions), Kind("cdev", "custom", functions)
 VISITED_GROUP, VISITED_CDEV = (
     Kind("visited-group", "stock", functions_with_rom),
@@ -63,3 +87,5 @@ VISITED_GROUP, VISITED_CDEV = (
 )
 PAIR_GROUP, PAIR_CDEV = Kind("pair-group", "stock", pair), Kind("pair-cdev", "custom", pair)
 MODEL = Kind("model", "custom", model)
+HNS_GROUP, HNS_CDEV = Kind("hns-group", "stock", hns), Kind("hns-cdev", "custom", hns)
+MLX5_GROUP, MLX5_CDEV = Kind("mlx5-group", "stock", mlx5), Kind("mlx5-cdev", "custom", mlx5)

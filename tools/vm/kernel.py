@@ -92,7 +92,8 @@ def _index_modules(root: Path) -> None:
 
 def _custom_key() -> str:
     made_from = (FORMAT, SOURCE, kernel_build.FRAGMENT.read_text(encoding="utf-8"))
-    return f"custom-{SERIES}-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}"
+    made_of = repr(made_from).replace(", architecture=''", "")  # as it was before a root had a choice of it
+    return f"custom-{SERIES}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
 def _fill_custom(folder: Path) -> None:
