@@ -47,7 +47,8 @@ class DirtyLog:
         self._watched: Sequence[tuple[int, int]] = ()
         """`(iova, length)` that the source follows, ascending."""
         self._written = WrittenPages()
-        self._door: DirtyDoor | None = cast("DirtyDoor", host) if hasattr(host, "merge_dirty") else None
+        by_door = own is None and hasattr(host, "merge_dirty")
+        self._door: DirtyDoor | None = cast("DirtyDoor", host) if by_door else None
         self._answer = bytearray()
         """Memory of the last answer, for the next one: new memory costs more than what is done with it."""
         self.running = False
