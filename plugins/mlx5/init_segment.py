@@ -118,13 +118,14 @@ def _seconds(value: int) -> float:
 
 @contextlib.contextmanager
 def memory_space(host: HostDevice) -> Iterator[None]:
-    """The memory bit on, and as it was afterwards."""
-    before = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-    if before & PCI_COMMAND_MEMORY:
+    """The memory bit on, and off afterwards if it was; no other bit is touched, which may be a client's meanwhile."""
+    command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
+    if command & PCI_COMMAND_MEMORY:
         yield
         return
-    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, before | PCI_COMMAND_MEMORY)
+    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
     try:
         yield
     finally:
-        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, before)
+        command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
+        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command & ~PCI_COMMAND_MEMORY)

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from tests.data_plane.rig import BDF, PAGE, memory, rig
+from tests.data_plane.rig import BDF, PAGE, Plugin, memory, rig
 from tests.data_plane.sources import EXACT, SOURCES, pages_in, sourced
 from vfu_server import uapi
 from vfu_server.testing import ReplyError
@@ -43,6 +43,45 @@ def pages(*numbers):
 
 
 # --- what is offered
+
+
+class OwnLog:
+    """A log that the plugin has kept by its hardware: one page is written between any two questions."""
+
+    def __init__(self) -> None:
+        self.followed = None
+
+    async def start(self, ranges, page_size):
+        self.followed = list(ranges)
+        return page_size
+
+    async def report(self, iova, length, page_size):
+        return struct.pack("<Q", 1 << 3 if iova == 0 else 0).ljust(-(-length // page_size // 64) * 8, b"\0")
+
+    async def stop(self):
+        self.followed = None
+
+
+class Logging(Plugin):
+    """A device with such a log."""
+
+    log = OwnLog()
+
+    @property
+    def dirty_log(self):
+        return self.log
+
+
+@pytest.mark.parametrize("way", ["group", "cdev"])
+def test_a_plugins_own_log_goes_before_any_of_the_doors(tmp_path, way, guest):
+    with rig(tmp_path, way, plugin=Logging) as made, made.connect() as client:
+        client.dma_map(0, 64 * PAGE, fd=guest)
+        client.dma_logging_start([LOW])
+        assert Logging.log.followed == [LOW]
+        dirty(client, 0, 64 * PAGE)
+        assert dirty(client, 0, 64 * PAGE) == pages(3)
+        client.dma_logging_stop()
+        assert Logging.log.followed is None
 
 
 @pytest.mark.parametrize(("way", "source"), [("group", ""), ("cdev", ""), ("group", "device"), ("cdev", "iommu")])
