@@ -20,6 +20,7 @@ MODULES = (
     "host_device",
     "companion",
     "dma_memory",
+    "pci_command",
     "policy",
     "regmap",
     "errors",

@@ -12,7 +12,6 @@ from plugins.generic_dmaq import sections
 from plugins.generic_dmaq.bench import Bench
 from plugins.generic_dmaq.hooks import Hooks
 from plugins.generic_dmaq.layout import Layout
-from plugins.generic_dmaq.port import lent_command
 from plugins.generic_dmaq.restore import State, quiet, restore, restore_registers, write_again
 from vfu_server.device import Capabilities, Device, SavePhase, Section, Sink, StateIdentity, StopKind
 from vfu_server.errors import (
@@ -24,8 +23,8 @@ from vfu_server.errors import (
     StreamMismatchError,
 )
 from vfu_server.host_device import HostDevice
+from vfu_server.pci_command import memory_space
 from vfu_server.policy import Policy
-from vfu_server.uapi import PCI_COMMAND_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class DmaQueueDevice(Device):
         """Wait until the queues are empty; the policy has closed the doorbells. DeadlineError: it goes on as before."""
         if kind is StopKind.P2P:
             raise StateError(f"{self.host.name}: P2P is not offered: {self.layout.profile.p2p_reason}")
-        with lent_command(self.host, PCI_COMMAND_MEMORY):
+        with memory_space(self.host):
             try:
                 took = await self.bench.wait_empty(self.drain_seconds, self.layout.profile.settle_seconds)
             except DeadlineError:
@@ -98,7 +97,7 @@ class DmaQueueDevice(Device):
     async def start(self, kind: StopKind) -> None:
         """Nothing holds the device but the policy; only what a broken-off save has left is put right."""
         if self._owed is not None:
-            with lent_command(self.host, PCI_COMMAND_MEMORY):
+            with memory_space(self.host):
                 await self._put_back()
 
     async def reset(self) -> None:
@@ -124,7 +123,7 @@ class DmaQueueDevice(Device):
         """Registers and memory; the registers that fetching the memory has changed are put back before it returns."""
         if phase is SavePhase.PRE_COPY:
             return
-        with lent_command(self.host, PCI_COMMAND_MEMORY):
+        with memory_space(self.host):
             if self._owed is not None:
                 await self._put_back()
             await self.bench.wait_empty(self.drain_seconds, self.layout.profile.settle_seconds)
@@ -144,7 +143,7 @@ class DmaQueueDevice(Device):
         when it has given its data it writes COMMAND, and may do so before the last section was looked at.
         """
         self._loader = self._new_loader()
-        with lent_command(self.host, PCI_COMMAND_MEMORY):
+        with memory_space(self.host):
             self._mine = self._identity_registers()
 
     async def load(self, section: Section) -> None:
@@ -208,7 +207,7 @@ class DmaQueueDevice(Device):
 
     async def _write(self, state: State) -> None:
         """Bring the device to rest and write `state` into it, within the time that a client waits."""
-        with trio.move_on_after(RESTORE_SECONDS) as scope, lent_command(self.host, PCI_COMMAND_MEMORY):
+        with trio.move_on_after(RESTORE_SECONDS) as scope, memory_space(self.host):
             await quiet(self.bench, self.drain_seconds)
             await restore(self.bench, self.hooks, state)
         if scope.cancelled_caught:

@@ -13,9 +13,9 @@ import trio
 
 from plugins.generic_dmaq.bench import STEP_SECONDS
 from plugins.generic_dmaq.hooks import Hooks
-from plugins.generic_dmaq.port import lent_command
 from vfu_server.errors import HostError, RestoreError
 from vfu_server.host_device import Scratch
+from vfu_server.pci_command import lent_command
 from vfu_server.regmap import Register
 from vfu_server.uapi import PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER
 

@@ -18,9 +18,9 @@ import trio
 from plugins.generic_dmaq.bench import Bench
 from plugins.generic_dmaq.drain import FIRST_PAUSE, LONGEST_PAUSE
 from plugins.generic_dmaq.hooks import Hooks
-from plugins.generic_dmaq.port import lent_command
 from vfu_server.errors import DeadlineError, DeviceGoneError, HostError, RestoreError
 from vfu_server.host_device import Scratch
+from vfu_server.pci_command import lent_command
 from vfu_server.regmap import Register
 from vfu_server.uapi import PAGE_SIZE, PCI_COMMAND_MASTER, RegionIndex
 

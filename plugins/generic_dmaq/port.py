@@ -1,15 +1,13 @@
-"""The device's registers by name, and the loan of bits of its COMMAND register.
+"""The device's registers by name.
 
 Every access to the hardware by this plugin goes through here. It must not know what the registers are for.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 from vfu_server.errors import PluginError
 from vfu_server.host_device import HostDevice
 from vfu_server.regmap import READABLE, Block, Register
-from vfu_server.uapi import PCI_COMMAND, RegionIndex
 
 
 class Port:
@@ -60,23 +58,3 @@ class Port:
         """What the registers read, for a message. What cannot be read is left out."""
         found = [self.place(name)[1] for name in names]
         return ", ".join(r.decode(self.read(r.name)) for r in found if r.access in READABLE)
-
-
-@contextmanager
-def lent_command(host: HostDevice, on: int, off: int = 0) -> Iterator[None]:
-    """For the time of the `with`, bits `on` of PCI COMMAND are set and bits `off` clear; then they are as they were.
-
-    The device needs MEMORY for us to reach its registers and MASTER for its DMA, whatever the guest has set at that
-    moment. Only the bits that were changed are put back: other ones may have been written meanwhile.
-    """
-    was = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-    changed = ((was | on) & ~off) ^ was
-    if not changed:
-        yield
-        return
-    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, was ^ changed)
-    try:
-        yield
-    finally:
-        now = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, (now & ~changed) | (was & changed))

@@ -10,11 +10,11 @@ from plugins.generic_dmaq.form import Profile
 from plugins.generic_dmaq.hooks import hooks_of
 from plugins.generic_dmaq.layout import layout_of
 from plugins.generic_dmaq.options import Options, parse_options
-from plugins.generic_dmaq.port import Port, lent_command
+from plugins.generic_dmaq.port import Port
 from plugins.generic_dmaq.profile import find_profile, load_profile, shipped
 from vfu_server.errors import HostError, UsageError
 from vfu_server.host_device import HostDevice
-from vfu_server.uapi import PCI_COMMAND_MEMORY
+from vfu_server.pci_command import memory_space
 
 
 def probe(host: HostDevice, options: Mapping[str, str]) -> DmaQueueDevice | None:
@@ -74,7 +74,7 @@ def _counts(host: HostDevice, profile: Profile) -> dict[str, int]:
     largest = {array.name: array.count for bar in profile.bars for array in bar.arrays}
     port = Port(host, {bar.index: bar.block(profile.name, {}) for bar in profile.bars})
     found = {}
-    with lent_command(host, PCI_COMMAND_MEMORY):
+    with memory_space(host):
         for array, path in profile.counts_from.items():
             found[array] = port.field(path)
             if not 1 <= found[array] <= largest[array]:

@@ -24,7 +24,7 @@ from plugins.hns.restore import check_match, write_state
 from plugins.hns.save import match_part, read_state
 from plugins.hns.self_test import log_registers
 from plugins.hns.vft import Queues
-from plugins.hns.window import Window, memory_space
+from plugins.hns.window import Window
 from vfu_server.companion import Companions
 from vfu_server.device import (
     Capabilities,
@@ -39,6 +39,7 @@ from vfu_server.device import (
 from vfu_server.errors import HostError, StateError, StreamFormatError
 from vfu_server.host_device import HostDevice
 from vfu_server.kernel_migration import SECTION_VERSION, TAG
+from vfu_server.pci_command import memory_space
 from vfu_server.policy import Policy
 
 log = logging.getLogger(__name__)

@@ -3,15 +3,13 @@
 Every access of this plugin to a function's registers goes through here, by name. It must not know what they are for.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from plugins.hns import registers
 from plugins.hns.doorbell import Doorbell
 from vfu_server.errors import PluginError
 from vfu_server.host_device import HostDevice
-from vfu_server.uapi import PCI_COMMAND, PCI_COMMAND_MEMORY, RegionIndex
 
 MAILBOX = registers.MAILBOX
 EQ_AEQ = registers.FUNCTION["doorbell_eq_aeq"].offset
@@ -80,21 +78,3 @@ class Window:
             self.write("doorbell_sq_cq", doorbell.word())
         else:
             self.vf.write(registers.QM_REGION, EQ_AEQ, 8, doorbell.word())
-
-
-@contextmanager
-def memory_space(host: HostDevice) -> Iterator[None]:
-    """For the time of the `with`, `host` decodes memory; then only that bit is as it was.
-
-    A kernel refuses accesses to BARs while it is off, as it is at a target that waits for a state.
-    """
-    command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-    if command & PCI_COMMAND_MEMORY:
-        yield
-        return
-    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
-    try:
-        yield
-    finally:
-        command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command & ~PCI_COMMAND_MEMORY)

@@ -4,8 +4,6 @@ It knows registers, not commands: who writes the queue's address and rings is `c
 device means (big-endian dwords turned over). Source: Linux' mlx5_core (fw.c, health.c, main.c).
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +13,7 @@ from plugins.mlx5 import registers
 from plugins.mlx5.registers import INIT_SEGMENT, SYNDROMES, swap32
 from vfu_server.errors import DeadlineError, HostError
 from vfu_server.host_device import HostDevice
-from vfu_server.uapi import PCI_COMMAND, PCI_COMMAND_MEMORY, RegionIndex
+from vfu_server.uapi import RegionIndex
 
 BAR: Final = RegionIndex.BAR0
 DEAD: Final = 0xFFFFFFFF
@@ -114,18 +112,3 @@ class InitSegment:
 def _seconds(value: int) -> float:
     unit, number = value >> 29, value & 0xFFFFF
     return min(_UNITS[unit] * number, _MAX_SECONDS) if unit < len(_UNITS) else 0.0
-
-
-@contextlib.contextmanager
-def memory_space(host: HostDevice) -> Iterator[None]:
-    """The memory bit on, and off afterwards if it was; no other bit is touched, which may be a client's meanwhile."""
-    command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-    if command & PCI_COMMAND_MEMORY:
-        yield
-        return
-    host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
-    try:
-        yield
-    finally:
-        command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-        host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command & ~PCI_COMMAND_MEMORY)

@@ -14,7 +14,7 @@ import trio
 
 from plugins.mlx5 import gate, identity, pf, self_test
 from plugins.mlx5.commands import Bound
-from plugins.mlx5.init_segment import InitSegment, memory_space
+from plugins.mlx5.init_segment import InitSegment
 from plugins.mlx5.loading import LoadSession
 from plugins.mlx5.options import Options
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
@@ -29,6 +29,7 @@ from vfu_server.device import Capabilities, Device, PrecopyInfo, SavePhase, Sect
 from vfu_server.errors import HostError, StateError, StateLostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.kernel_migration import SECTION_VERSION, TAG
+from vfu_server.pci_command import memory_space
 from vfu_server.policy import Policy
 from vfu_server.uapi import PCI_CFG_SPACE_SIZE, RegionIndex
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 
 from plugins.mlx5 import identity, options
-from plugins.mlx5.init_segment import InitSegment, memory_space
+from plugins.mlx5.init_segment import InitSegment
 from plugins.mlx5.kernel_way import KernelWay
 from plugins.mlx5.own_way import OwnWay
 from plugins.mlx5.policy import msix_table, policy_of
@@ -16,6 +16,7 @@ from vfu_server.device import Device
 from vfu_server.errors import HostError
 from vfu_server.host_device import HostDevice
 from vfu_server.kernel_migration import migration_of
+from vfu_server.pci_command import memory_space
 from vfu_server.uapi import MIGRATION_P2P, PCI_CFG_SPACE_SIZE, RegionIndex
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from {NAME}.registers import BLOCK
 from vfu_server.device import Capabilities, PrecopyInfo, SavePhase, Section, StateIdentity
 from vfu_server.errors import HostError
 from vfu_server.hookspecs import hookimpl
+from vfu_server.pci_command import memory_space
 from vfu_server.policy import Answer, Answers, Policy, Rule
 
 VFU_SERVER_API = 1
@@ -176,7 +177,7 @@ CASES = {
         "load_done did not notice",
         """
     async def load_done(self):
-        with self._memory_enabled():
+        with memory_space(self.host):
             for name, value in self._loaded.items():
                 self.host.write(0, BLOCK[name].offset, BLOCK[name].width, value)
 """,

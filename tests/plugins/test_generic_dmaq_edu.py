@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, trio_test
 
 from plugins.generic_dmaq.edu_hooks import RESULTS
-from plugins.generic_dmaq.port import lent_command
 from tests.plugins.carry import ListSink, loaded, saved, take
 from tests.plugins.fake_host import FakeEdu
 from vfu_server.device import SavePhase, Section, StopKind
@@ -222,22 +221,6 @@ async def test_interrupts_of_an_earlier_guest_reach_nobody(autojump_clock: MockC
     # the factorial had ended before its interrupt could be masked: one message of the earlier guest, one of this one
     assert (target.read(0, 0x24, 4), target.messages) == (0x100, 2)
     assert target.regs == source.regs
-
-
-def test_bits_of_command_that_others_change_meanwhile_are_kept() -> None:
-    @trio_test
-    async def run(clock: MockClock) -> None:
-        host = FakeEdu()
-        host.command = PCI_COMMAND_MEMORY
-        with lent_command(host, PCI_COMMAND_MASTER):
-            assert host.command == PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER
-            host.command |= 0x100
-        assert host.command == PCI_COMMAND_MEMORY | 0x100
-        with lent_command(host, PCI_COMMAND_MASTER, off=PCI_COMMAND_MEMORY):
-            assert host.command == PCI_COMMAND_MASTER | 0x100
-        assert host.command == PCI_COMMAND_MEMORY | 0x100
-
-    run(clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("seconds", [0.02, 0.11, 0.15, 0.25])
