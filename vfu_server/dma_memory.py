@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from vfu_server.errors import DeviceGoneError, HostError, PluginError
 from vfu_server.host_device import DmaMap, HostDevice
-from vfu_server.uapi import DMA_FLAG_READ, DMA_FLAG_WRITE, PAGE_SIZE
+from vfu_server.uapi import DMA_FLAG_READ, DMA_FLAG_WRITE, HOST_PAGE_SIZE
 
-FIRST_IOVA = PAGE_SIZE
+FIRST_IOVA = HOST_PAGE_SIZE
 """Address 0 is left alone: too many devices take it for 'none'."""
 ALL_IOVAS = ((0, (1 << 64) - 1),)
 
@@ -42,7 +42,7 @@ class DmaMemory:
         self._going: set[tuple[int, int]] = set()
         """Of these, what is being unmapped."""
 
-    async def allocate(self, size: int, alignment: int = PAGE_SIZE, limit: int = 1 << 64) -> DmaBuffer:
+    async def allocate(self, size: int, alignment: int = HOST_PAGE_SIZE, limit: int = 1 << 64) -> DmaBuffer:
         """Zeroed memory at one contiguous range of iovas, rounded up to whole pages.
 
         `alignment`: a power of two, of its iova. It ends at or below `limit`, lies where the IOMMU takes addresses, and
@@ -51,8 +51,8 @@ class DmaMemory:
         """
         if size <= 0 or alignment <= 0 or alignment & (alignment - 1):
             raise PluginError(f"DMA memory of {size} bytes, aligned to {alignment}, cannot be meant")
-        size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        iova = self._place(size, max(alignment, PAGE_SIZE), limit)
+        size = -(-size // HOST_PAGE_SIZE) * HOST_PAGE_SIZE
+        iova = self._place(size, max(alignment, HOST_PAGE_SIZE), limit)
         bisect.insort(self._taken, (iova, size))
         try:
             return DmaBuffer(iova, size, await self._map(iova, size))

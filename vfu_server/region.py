@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from vfu_server.errors import PluginError, UsageError
 from vfu_server.host_device import MmapArea, RegionInfo
 from vfu_server.policy import WIDTH_ANY, Answer, Answers, Policy, Rule, StateClass
-from vfu_server.uapi import PAGE_SIZE, REGION_INFO_FLAG_MMAP, RegionIndex
+from vfu_server.uapi import HOST_PAGE_SIZE, REGION_INFO_FLAG_MMAP, RegionIndex
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,9 +183,12 @@ def _common(left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) -
 
 
 def _whole_pages(ranges: Iterable[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    pages = []
+    """What of the ranges can be mapped without a byte beside it: in pages of this machine, which may be larger than a
+    device's.
+    """
+    page, pages = HOST_PAGE_SIZE, []
     for start, end in ranges:
-        first, last = -(-start // PAGE_SIZE) * PAGE_SIZE, min(end, limit) // PAGE_SIZE * PAGE_SIZE
+        first, last = -(-start // page) * page, min(end, limit) // page * page
         if first < last:
             pages.append((first, last))
     return pages

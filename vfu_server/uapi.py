@@ -6,9 +6,13 @@ struct has a variable tail.
 """
 
 import enum
+import mmap
 import struct
 
 PAGE_SIZE = 4096
+"""The least page there is: of the protocol, and what offsets of a device's own are aligned to."""
+HOST_PAGE_SIZE = mmap.PAGESIZE
+"""What this machine's kernel maps, pins and keeps dirty bits by: 64 KiB on many an arm64 host."""
 
 
 class Command(enum.IntEnum):

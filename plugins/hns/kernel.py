@@ -3,15 +3,19 @@
 What is this plugin's is the policy and the name of the state; it touches no register of migration.
 """
 
+import logging
 from collections.abc import Mapping
 
 from plugins.hns.facts import Facts
 from plugins.hns.gate import Gate
 from plugins.hns.policy import policy_of, shown_sizes
-from plugins.hns.registers import MAILBOX
+from plugins.hns.registers import HALF, MAILBOX, QM_REGION
 from vfu_server.device import StateIdentity
 from vfu_server.host_device import HostDevice
 from vfu_server.kernel_migration import SECTION_VERSION, TAG, KernelMigrationDevice
+from vfu_server.uapi import HOST_PAGE_SIZE
+
+log = logging.getLogger(__name__)
 
 
 class HnsKernelDevice(KernelMigrationDevice):
@@ -24,6 +28,13 @@ class HnsKernelDevice(KernelMigrationDevice):
         super().__init__(host, policy_of({**sizes, **self._sizes}), facts.variant)
         self._facts = facts
         self._gate = Gate(host)
+        if host.regions[QM_REGION].size == HALF < HOST_PAGE_SIZE:
+            log.warning(
+                "%s: this host has pages of %#x bytes, and its driver lets nobody map one with both halves of BAR2: "
+                "the guest's mailbox commands are refused; under vfio-pci they are not",
+                host.name,
+                HOST_PAGE_SIZE,
+            )
 
     @property
     def identity(self) -> StateIdentity:

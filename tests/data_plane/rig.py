@@ -5,6 +5,7 @@ one server's process. It must not know what is tested.
 """
 
 import contextlib
+import mmap
 import os
 import select
 import socket
@@ -26,7 +27,7 @@ from vfu_server.session import Session, SessionOptions
 from vfu_server.session_peers import Peers
 from vfu_server.testing import Client
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 WAYS = ("group", "cdev")
 BDF = "0000:00:04.0"
 OTHER = "0000:00:05.0"

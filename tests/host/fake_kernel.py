@@ -6,6 +6,7 @@ through /proc/self/mem, so that a file that is too short gives EFAULT as the ker
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 import threading
@@ -18,7 +19,7 @@ from tests.host.fake_function import FakeFunction, fail, load, store
 from vfu_server.host.ioctl import Kernel
 from vfu_server.libvfio_user.native import ffi
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 TYPE1_RANGES = ((0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1))
 """What an IOMMU of a PC takes: all but the window of interrupt messages."""
 
@@ -515,12 +516,13 @@ class FakeKernel:
         if flags & ~1 or reserved:
             raise fail(errno.EOPNOTSUPP)
         holes = any(space.find(page) is None for page in range(iova, iova + length, PAGE))
-        if (iova | length) % page_size or holes or not space.tracking:
+        if (iova | length) % page_size or (iova | length) % PAGE or holes or not space.tracking:
             raise fail(errno.EINVAL)
         for page in sorted(space.dirty):
             if iova <= page < iova + length:
-                byte, bit = divmod((page - iova) // page_size, 8)
-                store(pointer + byte, bytes([load(pointer + byte, 1)[0] | 1 << bit]))
+                for at in range((page - iova) // page_size, -(-(page + PAGE - iova) // page_size)):
+                    byte, bit = divmod(at, 8)
+                    store(pointer + byte, bytes([load(pointer + byte, 1)[0] | 1 << bit]))
                 space.dirty -= set() if flags & 1 else {page}
         return 0
 

@@ -22,7 +22,7 @@ from vfu_server.host.scratch import find_place, scratch_memory
 from vfu_server.host.sysfs import Function
 from vfu_server.host_device import Scratch
 from vfu_server.libvfio_user.kernel_door import KernelDoor
-from vfu_server.uapi import PAGE_SIZE
+from vfu_server.uapi import HOST_PAGE_SIZE
 
 # The kernel refuses to attach while the function is being reset; that is over soon.
 ATTACH_TRIES = 20
@@ -160,7 +160,7 @@ class CdevAttachment:
 
     @asynccontextmanager
     async def _own_space(self, size: int, limit: int) -> AsyncIterator[Scratch]:
-        size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        size = -(-size // HOST_PAGE_SIZE) * HOST_PAGE_SIZE
         # Given back when the last view of it is gone: a plugin may have kept one.
         memory = mmap.mmap(-1, size)
         space = self._new_space()

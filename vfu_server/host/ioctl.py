@@ -127,6 +127,7 @@ HWPT_SET_DIRTY_TRACKING = struct.Struct("=IIII")
 """size, flags, hwpt_id, reserved"""
 HWPT_GET_DIRTY_BITMAP = struct.Struct("=IIIIQQQQ")
 """size, hwpt_id, flags, reserved, iova, length, page_size, pointer to the bitmap"""
+HWPT_GET_DIRTY_BITMAP_NO_CLEAR = 1
 HW_INFO = struct.Struct("=IIIIQIIQ")
 """size, flags, dev_id, data_len, data_uptr, out_data_type, pasid bits, out_capabilities"""
 
@@ -398,13 +399,22 @@ def hwpt_set_dirty_tracking(ioctl: Ioctl, iommufd: int, page_table: int, *, on: 
 
 
 def hwpt_get_dirty_bitmap(
-    ioctl: Ioctl, iommufd: int, page_table: int, iova: int, length: int, page_size: int, bitmap: bytearray | memoryview
+    ioctl: Ioctl,
+    iommufd: int,
+    page_table: int,
+    iova: int,
+    length: int,
+    page_size: int,
+    bitmap: bytearray | memoryview,
+    *,
+    keep: bool = False,
 ) -> None:
     """IOMMU_HWPT_GET_DIRTY_BITMAP: sets the bits of what was written since the last call, and clears none. All of it
-    must be mapped.
+    must be mapped. `keep`: the IOMMU keeps what it tells, and tells it again.
     """
     at = address_of(bitmap)
-    buffer = _filled(HWPT_GET_DIRTY_BITMAP, page_table, 0, 0, iova, length, page_size, at)
+    flags = HWPT_GET_DIRTY_BITMAP_NO_CLEAR if keep else 0
+    buffer = _filled(HWPT_GET_DIRTY_BITMAP, page_table, flags, 0, iova, length, page_size, at)
     ioctl(iommufd, IOMMU_HWPT_GET_DIRTY_BITMAP, buffer)
 
 

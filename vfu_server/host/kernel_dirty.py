@@ -6,7 +6,7 @@ Layouts as `kernel_feature` has them; blocking calls.
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vfu_server import uapi
 from vfu_server.host import ioctl as kernel_calls
@@ -27,15 +27,24 @@ STEP = 1 << 20
 
 
 class IommuLog:
-    """The log of one page table. `maps`: the client's maps inside a range, by iova."""
+    """The log of one page table. `maps`: the client's maps inside a range, by iova.
+
+    `page`: bytes of the IOMMU's least page, which is the host's; it is asked in whole ones only.
+    """
 
     def __init__(
-        self, ioctl: Ioctl, iommufd: int, page_table: int, maps: Callable[[int, int], Sequence[DmaMap]]
+        self,
+        ioctl: Ioctl,
+        iommufd: int,
+        page_table: int,
+        maps: Callable[[int, int], Sequence[DmaMap]],
+        page: int = uapi.HOST_PAGE_SIZE,
     ) -> None:
         self._ioctl = ioctl
         self._iommufd = iommufd
         self._page_table = page_table
         self._maps = maps
+        self._page = page
         self._running = False
 
     def feature(self, flags: int, data: bytes, reply_size: int) -> bytes:
@@ -63,7 +72,7 @@ class IommuLog:
             raise _refused(errno.EINVAL)
         kernel_calls.hwpt_set_dirty_tracking(self._ioctl, self._iommufd, self._page_table, on=True)
         self._running = True
-        return head.pack(max(page_size, uapi.PAGE_SIZE), count, 0) + data[head.size :]
+        return head.pack(max(page_size, self._page), count, 0) + data[head.size :]
 
     def _stop(self) -> None:
         if self._running:
@@ -94,23 +103,43 @@ class IommuLog:
     def _collect(self, answer: PageBitmap, end: int, dma_map: DmaMap) -> None:
         """Set what was written of one map, up to `end`: the answer's last page may reach further.
 
-        The IOMMU takes whole mapped pages of a size: where those of the answer do not fit, its smallest.
+        The IOMMU takes whole mapped pages of a size: where those of the answer do not fit, its smallest. A page of its
+        that is covered in part stays dirty there, or what lies beside the range would never be told.
         """
-        first = max(answer.iova, dma_map.iova) // uapi.PAGE_SIZE * uapi.PAGE_SIZE
-        last = min(-(-end // uapi.PAGE_SIZE) * uapi.PAGE_SIZE, dma_map.iova + dma_map.size)
-        page_size = answer.page_size if not (first | last | answer.iova) % answer.page_size else uapi.PAGE_SIZE
-        step = page_size * BITS * STEP
+        start, stop = max(answer.iova, dma_map.iova), min(end, dma_map.iova + dma_map.size)
+        for first, last, whole in _pages_of(start, stop, self._page):
+            self._collect_pages(answer, first, last, keep=not whole)
+
+    def _collect_pages(self, answer: PageBitmap, first: int, last: int, *, keep: bool) -> None:
+        page_size = answer.page_size if not (first | last | answer.iova) % answer.page_size else self._page
+        step = max(page_size, self._page) * BITS * STEP
         for start in range(first, last, step):
             length = min(step, last - start)
             if (place := answer.from_page(start, start + length, page_size)) is not None:
-                self._ask(start, length, page_size, place)  # the kernel sets bits and clears none
+                self._ask(start, length, page_size, place, keep)  # the kernel sets bits and clears none
             else:
                 piece = PageBitmap.of(start, length, page_size)
-                self._ask(start, piece.length, page_size, piece.bits)
+                self._ask(start, piece.length, page_size, piece.bits, keep)
                 answer.merge(piece)
 
-    def _ask(self, iova: int, length: int, page_size: int, bits: bytearray | memoryview) -> None:
-        kernel_calls.hwpt_get_dirty_bitmap(self._ioctl, self._iommufd, self._page_table, iova, length, page_size, bits)
+    def _ask(self, iova: int, length: int, page_size: int, bits: bytearray | memoryview, keep: bool) -> None:
+        kernel_calls.hwpt_get_dirty_bitmap(
+            self._ioctl, self._iommufd, self._page_table, iova, length, page_size, bits, keep=keep
+        )
+
+
+def _pages_of(start: int, stop: int, page: int) -> Iterator[tuple[int, int, bool]]:
+    """The pages that a range touches, `(first, last, whole)`: those it covers whole, and one at each end that it does
+    not.
+    """
+    first, last = start // page * page, -(-stop // page) * page
+    inner_first, inner_last = -(-start // page) * page, stop // page * page
+    if first < inner_first:
+        yield first, inner_first, False
+    if inner_first < inner_last:
+        yield inner_first, inner_last, True
+    if (at := max(inner_first, inner_last)) < last:
+        yield at, last, False
 
 
 def _refused(number: int) -> OSError:

@@ -14,9 +14,9 @@ import trio
 from vfu_server.errors import HostError
 from vfu_server.host_device import DmaMap, Scratch
 from vfu_server.libvfio_user.door import NativeDoor
-from vfu_server.uapi import DMA_FLAG_READ, DMA_FLAG_WRITE, PAGE_SIZE
+from vfu_server.uapi import DMA_FLAG_READ, DMA_FLAG_WRITE, HOST_PAGE_SIZE
 
-FIRST_IOVA = PAGE_SIZE
+FIRST_IOVA = HOST_PAGE_SIZE
 """Address 0 is left alone: too many devices take it for 'none'."""
 
 
@@ -32,7 +32,7 @@ def find_place(maps: Sequence[DmaMap], size: int, limit: int, usable: Sequence[t
     remaining = iter(maps)
     taken = next(remaining, None)
     for first, last in usable or ALL_IOVAS:
-        at = max(at, -(-first // PAGE_SIZE) * PAGE_SIZE)
+        at = max(at, -(-first // HOST_PAGE_SIZE) * HOST_PAGE_SIZE)
         while taken is not None and taken.iova < at + size:
             at = max(at, taken.iova + taken.size)
             taken = next(remaining, None)
@@ -44,7 +44,7 @@ def find_place(maps: Sequence[DmaMap], size: int, limit: int, usable: Sequence[t
 def highest_place(size: int, limit: int, usable: Sequence[tuple[int, int]] = ()) -> int | None:
     """The highest iova for `size` bytes that end at or below `limit`, whatever is mapped there."""
     for first, last in reversed(usable or ALL_IOVAS):
-        at = (min(limit, last + 1) - size) // PAGE_SIZE * PAGE_SIZE
+        at = (min(limit, last + 1) - size) // HOST_PAGE_SIZE * HOST_PAGE_SIZE
         if at >= first:
             return at
     return None
@@ -59,7 +59,7 @@ async def scratch_memory(
     Raises HostError if it cannot be mapped, or if a client map that stepped aside could not be put back. Maps and
     unmaps of the client wait meanwhile.
     """
-    size = -(-size // PAGE_SIZE) * PAGE_SIZE
+    size = -(-size // HOST_PAGE_SIZE) * HOST_PAGE_SIZE
     with door.lending():
         iova = find_place(door.dma_maps(0, min(limit, ALL_IOVAS[0][1])), size, limit, usable)
         taken = iova is None
