@@ -3,6 +3,8 @@
 It must not know how the state came. Source: hisi_acc_vfio_pci.c, the match check and the arc RESUMING to STOP.
 """
 
+from typing import Final
+
 from plugins.hns import mailbox as mb
 from plugins.hns.blob import Match, State
 from plugins.hns.mailbox import Mailbox
@@ -10,6 +12,9 @@ from plugins.hns.registers import CONTEXT_WORDS
 from plugins.hns.vft import Queues
 from plugins.hns.window import Window
 from vfu_server.errors import RestoreError, StreamMismatchError
+
+KNOWN_WORDS: Final = (0, 1, 2, 6)
+"""Of a ring's context: head and tail, address, depth and phase."""
 
 
 def check_match(match: Match, device: int, queues: Queues, isolation: int) -> None:
@@ -57,10 +62,12 @@ def _registers(match: Match, state: State) -> dict[str, int]:
 
 
 async def _compare(window: Window, mailbox: Mailbox, match: Match, state: State, values: dict[str, int]) -> None:
-    """Masks and addresses: the ones whose loss would stop the guest's driver or reach foreign memory."""
+    """What would stop the guest's driver if it were lost, or reach foreign memory. Not compared are words of contexts of
+    which nobody tells what they mean: hardware may have them for itself.
+    """
     expected = {"vf_state": match.state, "queue_isolation": match.isolation}
     expected |= {name: values[name] for name in ("aeq_int_mask", "eq_int_mask", "page_size")}
-    expected |= {name: values[name] for name in ("eqc1", "eqc2", "aeqc1", "aeqc2")}
+    expected |= {f"{ring}{n}": values[f"{ring}{n}"] for ring in ("eqc", "aeqc") for n in KNOWN_WORDS}
     for name, value in expected.items():
         if (found := window.read(name)) != value:
             raise RestoreError(f"{window.name}: {name} reads {found:#x} after {value:#x} was written")

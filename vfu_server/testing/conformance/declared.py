@@ -75,10 +75,14 @@ def _unshown(bench: Bench) -> int:
     """How many rules are enforced that --show-policy does not have. Failed if it shows others in their places."""
     described = bench.plugins.describe(bench.plugins.load(bench.plugin), bench.options).policies
     enforced = bench.device.policy.rules
-    shown = described.get(bench.device.identity.variant)
-    if shown is None:
-        return len(enforced)
-    by_place = {(rule.region, rule.start, rule.name): rule for rule in shown[0].rules}
+    variant = described.get(bench.device.identity.variant)
+    # A plugin may name its policies by something else than variants: the one that is meant has the most rules in common.
+    tables = [
+        {(rule.region, rule.start, rule.name): rule for rule in shown.rules}
+        for shown, _ in ([variant] if variant is not None else described.values())
+    ]
+    places = {(rule.region, rule.start, rule.name) for rule in enforced}
+    by_place = max(tables, key=lambda table: len(places & table.keys()), default={})
     for rule in enforced:
         other = by_place.get((rule.region, rule.start, rule.name), rule)
         if (other.read, other.write) != (rule.read, rule.write):

@@ -1,0 +1,34 @@
+"""The kit's conformance suite on each of the models, as `vfu-plugin check hns` runs it."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from plugins.hns.registers import KINDS
+
+TREE = Path(__file__).resolve().parents[3]
+SECONDS = 600
+NOT_JUDGED = {"verified"}
+"""Without the guest's driver, which no random write is, a state is a match part: what else a restore writes is not there.
+`test_verified.py` has the check for a function that is used."""
+
+
+@pytest.mark.slow
+@pytest.mark.deadline(2 * SECONDS)
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS])
+def test_every_check_passes(tmp_path, kind):
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "vfu_server.tools.plugin", "check", "hns", "--model", kind, "--junit", str(report)]
+    done = subprocess.run(
+        command, cwd=TREE, env=os.environ, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    assert len(cases) >= 17
+    assert {name for name, case in cases.items() if case.find("skipped") is not None} == NOT_JUDGED, done.stdout
+    assert not any(case.find(what) is not None for case in cases.values() for what in ("failure", "error"))
