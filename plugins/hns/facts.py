@@ -6,9 +6,8 @@ It changes nothing on the device, and must not know how migration works.
 from dataclasses import dataclass
 from typing import Final
 
+from plugins.hns.generation import generation_name, version_of
 from plugins.hns.registers import (
-    FUNCTION,
-    GENERATIONS,
     HALF,
     KIND_OF_VF,
     QM_REGION,
@@ -33,7 +32,7 @@ class Facts:
     @property
     def generation(self) -> str:
         """For people and comparison: `V3`, or the number of a version that nobody has named."""
-        return GENERATIONS.get(self.revision, f"version {self.revision:#x}").partition(" ")[0]
+        return generation_name(self.revision).partition(" ")[0]
 
     @property
     def variant(self) -> str:
@@ -66,7 +65,4 @@ def facts_of(host: HostDevice) -> Facts | None:
     size = host.regions[QM_REGION].size
     if size < HALF:
         raise HostError(f"{host.name}: BAR2 of a {kind.name} VF has {size:#x} bytes, less than {HALF:#x}")
-    if who.revision != REVISION_V3:
-        return Facts(kind, who.revision)
-    register = FUNCTION["sub_version"]
-    return Facts(kind, host.read(QM_REGION, register.offset, register.width) or REVISION_V3)
+    return Facts(kind, version_of(host))

@@ -10,7 +10,8 @@ from typing import Final
 import trio
 
 from plugins.hns import registers
-from plugins.hns.registers import GENERATIONS, KIND_OF_PF, Kind
+from plugins.hns.generation import generation_name, version_of
+from plugins.hns.registers import KIND_OF_PF, Kind
 from plugins.hns.window import Window
 from vfu_server.errors import HostError
 from vfu_server.host_device import HostDevice
@@ -74,6 +75,6 @@ async def serve_pf(host: HostDevice, task_status: trio.TaskStatus[PhysicalFuncti
         raise HostError(f"{host.name}: its BAR2 has no room for the registers of a {kind.name} PF", errno.ENODEV)
     command = host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
     host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
-    log.info("%s is the PF of a %s, %s", host.name, kind.name, GENERATIONS.get(who.revision, "unknown generation"))
+    log.info("%s is the PF of a %s, %s", host.name, kind.name, generation_name(version_of(host)))
     task_status.started(PhysicalFunction(host, kind))
     await trio.sleep_forever()

@@ -76,7 +76,8 @@ class Kind:
 
 _PHASE_WORD = (Field("depth_less_1", 15, 0), Field("phase", 16, 16))
 _RING_WORD = (Field("head", 15, 0), Field("tail", 31, 16))
-_BIT0_MASK = (Field("masked", 0, 0, {0: "enabled", 1: "masked"}),)
+_MASKED = Field("masked", 0, 0, {0: "enabled", 1: "masked"})
+_MESSAGE = Field("message", 0, 0)
 _DOORBELL = (
     Field("queue", 11, 0),
     Field("cmd", 15, 12, {0: "SQ", 1: "CQ", 2: "EQ", 3: "AEQ"}),
@@ -107,63 +108,37 @@ def _word(name: str, offset: int, access: Access, doc: str, reset: int | None = 
     return Register(name, offset, 4, access, reset=reset, doc=doc)
 
 
+def _saved(order: int, name: str, offset: int, field: Field, doc: str, access: Access = Access.RW) -> Register:
+    """A word of one field that travels; `order` is its turn when it is restored."""
+    return Register(name, offset, 4, access, Save.SAVE, fields=(field,), order=order, doc=doc)
+
+
 FUNCTION_REGISTERS: Final = (
-    Register("aeq_int_source", 0x00, 4, Access.RW, doc="AEQ interrupt source"),
-    Register("aeq_int_mask", 0x04, 4, Access.RW, Save.SAVE, fields=_BIT0_MASK, order=1, doc="AEQ interrupt mask"),
-    Register("eq_int_source", 0x08, 4, Access.RW, doc="EQ interrupt source"),
-    Register("eq_int_mask", 0x0C, 4, Access.RW, Save.SAVE, fields=_BIT0_MASK, order=2, doc="EQ interrupt mask"),
-    Register(
-        "ifc_int_source",
-        0x20,
-        4,
-        Access.W1C,
-        Save.SAVE,
-        fields=(Field("message", 0, 0),),
-        order=3,
-        doc="messages between PF and VF: writing bit 0 clears it and acknowledges the PF's message",
+    _word("aeq_int_source", 0x00, Access.RW, "AEQ interrupt source"),
+    _saved(1, "aeq_int_mask", 0x04, _MASKED, "AEQ interrupt mask"),
+    _word("eq_int_source", 0x08, Access.RW, "EQ interrupt source"),
+    _saved(2, "eq_int_mask", 0x0C, _MASKED, "EQ interrupt mask"),
+    _saved(
+        3, "ifc_int_source", 0x20, _MESSAGE, "writing bit 0 clears it: the PF's message is acknowledged", Access.W1C
     ),
-    Register("ifc_int_mask", 0x24, 4, Access.RW, Save.SAVE, fields=_BIT0_MASK, order=4, doc="mask of these messages"),
-    Register("ifc_int_status", 0x28, 4, Access.RO, fields=(Field("message", 0, 0),), doc="a message from the PF waits"),
-    Register(
-        "ifc_int_set",
-        0x2C,
-        4,
-        Access.RW,
-        Save.SAVE,
-        fields=(Field("message", 0, 0),),
-        order=5,
-        doc="writing bit 0 interrupts the PF; the hardware drops it when the PF has acknowledged",
-    ),
-    Register(
-        "queue_isolation",
-        0x30,
-        4,
-        Access.RW,
-        Save.SAVE,
-        fields=(Field("doorbell", 0, 0),),
-        order=6,
-        doc="queue isolation; bit 0: a doorbell page for each queue in BAR4",
-    ),
-    Register(
+    _saved(4, "ifc_int_mask", 0x24, _MASKED, "mask of messages between PF and VF"),
+    Register("ifc_int_status", 0x28, 4, Access.RO, fields=(_MESSAGE,), doc="a message from the PF waits"),
+    _saved(5, "ifc_int_set", 0x2C, _MESSAGE, "writing bit 0 interrupts the PF; hardware drops it at its answer"),
+    _saved(6, "queue_isolation", 0x30, Field("doorbell", 0, 0), "bit 0: a doorbell page for each queue in BAR4"),
+    _saved(
+        7,
         "page_size",
         0x34,
-        4,
-        Access.RW,
-        Save.SAVE,
-        fields=(Field("size", 1, 0, {0: "4K", 1: "16K", 2: "64K"}),),
-        order=7,
-        doc="page size of the guest's SVA prefetch",
+        Field("size", 1, 0, {0: "4K", 1: "16K", 2: "64K"}),
+        "page size of the guest's SVA prefetch",
     ),
     Register("doorbell_drop", 0x38, 4, Access.RW, fields=(Field("drop", 0, 0),), doc="V5: doorbells are dropped"),
-    Register(
+    _saved(
+        0,
         "vf_state",
         0x60,
-        4,
-        Access.RW,
-        Save.SAVE,
-        fields=(Field("state", 0, 0, {0: "ready", 1: "not ready"}),),
-        order=0,
-        doc="whether the guest's driver is loaded: written by it on start and stop, and by a restore",
+        Field("state", 0, 0, {0: "ready", 1: "not ready"}),
+        "whether the guest's driver is loaded: written by it on start and stop, and by a restore",
     ),
     Register("write_back_start", 0x204, 4, Access.RW, doc="writing 1 starts the write-back of queue contexts"),
     Register("write_back_done", 0x208, 4, Access.RO, fields=(Field("done", 0, 0),), doc="the write-back is done"),

@@ -62,7 +62,7 @@ def _registers(match: Match, state: State) -> dict[str, int]:
 
 
 async def _compare(window: Window, mailbox: Mailbox, match: Match, state: State, values: dict[str, int]) -> None:
-    """What would stop the guest's driver if it were lost, or reach foreign memory. Not compared are words of contexts of
+    """What would stop the guest's driver if it were lost, or reach foreign memory. Not compared are context words of
     which nobody tells what they mean: hardware may have them for itself.
     """
     expected = {"vf_state": match.state, "queue_isolation": match.isolation}

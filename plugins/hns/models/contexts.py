@@ -5,23 +5,23 @@ Source: Linux 7.2.8, drivers/crypto/hisilicon/qm.c (struct qm_sqc, struct qm_cqc
 
 import struct
 from dataclasses import astuple, dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 SIZE = 32
 CQE_SIZE = 16
 CLOSED = 0xAAAA
 """What a driver writes as `random` of a queue that it closes behind the hardware's back."""
 
-_SQC = struct.Struct("<HHQIHHHHHHI")
-_CQC = struct.Struct("<HHQIHHHHII")
 _WRAP = 1 << 6
 _PHASE = 1
 _EVENT = 2
 
 
 @dataclass(slots=True)
-class Sqc:
-    """A submission queue's context. `shape`: depth - 1 in bits 11:0, log2 of an entry's size in 15:12."""
+class _Context:
+    """What both kinds begin with. `shape`: depth - 1 in bits 11:0, log2 of an entry's size in 15:12."""
+
+    layout: ClassVar[struct.Struct]
 
     head: int
     tail: int
@@ -31,23 +31,31 @@ class Sqc:
     reserved18: int
     pasid: int
     flags: int
-    cq: int
-    service: int
-    reserved28: int
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """From 32 bytes."""
-        return cls(*_SQC.unpack(data))
+        return cls(*cls.layout.unpack(data))
 
     def pack(self) -> bytes:
         """To 32 bytes."""
-        return _SQC.pack(*astuple(self))
+        return self.layout.pack(*astuple(self))
 
     @property
     def depth(self) -> int:
         """Entries of the ring."""
         return (self.shape & 0xFFF) + 1
+
+
+@dataclass(slots=True)
+class Sqc(_Context):
+    """A submission queue's context."""
+
+    layout = struct.Struct("<HHQIHHHHHHI")
+
+    cq: int
+    service: int
+    reserved28: int
 
     @property
     def entry_size(self) -> int:
@@ -72,33 +80,13 @@ class Sqc:
 
 
 @dataclass(slots=True)
-class Cqc:
-    """A completion queue's context. `shape` as of the SQC; `state`: bit 0 phase, bit 1 c_flag."""
+class Cqc(_Context):
+    """A completion queue's context. `state`: bit 0 phase, bit 1 c_flag."""
 
-    head: int
-    tail: int
-    base: int
-    shape: int
-    random: int
-    reserved18: int
-    pasid: int
-    flags: int
+    layout = struct.Struct("<HHQIHHHHII")
+
     state: int
     reserved28: int
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """From 32 bytes."""
-        return cls(*_CQC.unpack(data))
-
-    def pack(self) -> bytes:
-        """To 32 bytes."""
-        return _CQC.pack(*astuple(self))
-
-    @property
-    def depth(self) -> int:
-        """Entries of the ring."""
-        return (self.shape & 0xFFF) + 1
 
     @property
     def phase(self) -> int:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,8 @@ from plugins.hns.registers import KINDS
 TREE = Path(__file__).resolve().parents[3]
 SECONDS = 600
 NOT_JUDGED = {"verified"}
-"""Without the guest's driver, which no random write is, a state is a match part: what else a restore writes is not there.
-`test_verified.py` has the check for a function that is used."""
+"""Without the guest's driver, which random writes are not, a state is a match part: a restore writes nothing more. Of a
+function that is used `test_restore.py` shows the same."""
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_every_check_passes(tmp_path, kind):
         command, cwd=TREE, env=os.environ, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    (suite,) = ET.parse(report).getroot().iter("testsuite")
     cases = {case.get("name"): case for case in suite.iter("testcase")}
     assert len(cases) >= 17
     assert {name for name, case in cases.items() if case.find("skipped") is not None} == NOT_JUDGED, done.stdout

@@ -51,24 +51,25 @@ def test_a_hundred_times_under_load(pair):
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "how"),
+    ("model", "options", "how", "generation"),
     [
-        (("sec",), (), {"kind": "sec", "isolation": True}),
-        (("hpre", "--no-doorbell-isolation"), (), {"kind": "hpre"}),
-        (("zip", "--revision", "0x50"), (), {"halves": True}),
-        (("zip", "--revision", "0x51", "--mode", "pf-ctrl", "--vfs", "2"), ("--option", "vf=0"), {}),
-        (("zip", "--sub-version", "0x50", "--mode", "pf-ctrl"), ("--option", "vf=0"), {"isolation": True}),
-        (("zip",), ("--option", "pf=none"), {}),
+        (("sec",), (), {"kind": "sec", "isolation": True}, "V3 (Kunpeng 930)"),
+        (("hpre", "--no-doorbell-isolation"), (), {"kind": "hpre"}, "V3 (Kunpeng 930)"),
+        (("zip", "--revision", "0x50"), (), {"halves": True}, "V4"),
+        (("zip", "--revision", "0x51", "--mode", "pf-ctrl", "--vfs", "2"), ("--option", "vf=0"), {}, "V5"),
+        (("zip", "--sub-version", "0x51", "--mode", "pf-ctrl"), ("--option", "vf=0"), {"isolation": True}, "V5"),
+        (("zip",), ("--option", "pf=none"), {}, ""),
     ],
-    ids=["sec", "hpre", "V4, the mailbox in halves", "V5, PF_CTRL", "V4 by its sub-version, PF_CTRL", "without PF"],
+    ids=["sec", "hpre", "V4, the mailbox in halves", "V5, PF_CTRL", "V5 by its sub-version, PF_CTRL", "without PF"],
 )
-def test_every_kind_generation_and_mode(folder, model, options, how):
+def test_every_kind_generation_and_mode(folder, model, options, how, generation):
     with (
         Served(folder / "a", *model, options=options) as source,
         Served(folder / "b", *model, options=options) as target,
     ):
         there_and_back((source, target), 2, **how)
         assert ("errors of the device (RAS) are not looked at" in source.said()) == ("pf=none" in options)
+        assert (f"is the PF of a {model[0]}, {generation}\n" in source.said()) != ("pf=none" in options)
 
 
 def test_a_migration_that_is_given_up_loses_nothing(pair):

@@ -76,7 +76,7 @@ def _unshown(bench: Bench) -> int:
     described = bench.plugins.describe(bench.plugins.load(bench.plugin), bench.options).policies
     enforced = bench.device.policy.rules
     variant = described.get(bench.device.identity.variant)
-    # A plugin may name its policies by something else than variants: the one that is meant has the most rules in common.
+    # A plugin may name its policies by something else than variants: the one with the most rules in common is meant.
     tables = [
         {(rule.region, rule.start, rule.name): rule for rule in shown.rules}
         for shown, _ in ([variant] if variant is not None else described.values())
