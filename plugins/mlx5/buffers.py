@@ -124,12 +124,10 @@ class StateBuffer:
         self.mkey = answer["mkey_index"] << 8
 
     async def free(self, queue: Commands) -> None:
-        """Destroy the mkey and give the memory back; the memory also if the mkey cannot be destroyed any more."""
-        try:
-            if self.mkey:
-                mkey, self.mkey = self.mkey, 0
-                await queue.call(DESTROY_MKEY, mkey_index=mkey >> 8)
-        finally:
-            pieces, self._pieces, self._starts, self.capacity = self._pieces, [], [], 0
-            for piece in pieces:
-                await self._memory.free(piece)
+        """Destroy the mkey and give the memory back, as far as that is possible; what is not is logged."""
+        if self.mkey:
+            mkey, self.mkey = self.mkey, 0
+            await released(queue.call(DESTROY_MKEY, mkey_index=mkey >> 8), queue.name)
+        pieces, self._pieces, self._starts, self.capacity = self._pieces, [], [], 0
+        for piece in pieces:
+            await released(self._memory.free(piece), queue.name)

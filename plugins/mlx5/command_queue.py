@@ -136,7 +136,7 @@ class CommandQueue(Commands):
     ) -> Answer:
         message = command.encode(op_mod, tail, **values, **fields)
         length = command.output.size + room
-        seconds = self._seconds if seconds is None else seconds
+        seconds = self._seconds if seconds is None else min(seconds, self._seconds)
         self._reclaim()
         slot = await self._take_pages_slot() if pages else await self._take_slot(command, seconds)
         stalled = False
@@ -148,7 +148,7 @@ class CommandQueue(Commands):
             if stalled:
                 self.counts["timeouts"] += 1
                 raise CommandTimeoutError(
-                    f"{self.name}: {command.name} did not complete within {seconds:g} s ({self.segment.health()})"
+                    f"{self.name}: {command.name} did not complete within {seconds:g} s ({self._health()})"
                 )
             return Answer(command, self._result(slot, command, length))
         finally:
@@ -211,7 +211,11 @@ class CommandQueue(Commands):
         slot.place[:OWNER] = built[:OWNER]
         slot.place[OWNER:64] = built[OWNER:]  # last: now it is the device's; the doorbell's call orders the writes
         self.counts["commands"] += 1
-        self.segment.write("cmd_doorbell", 1 << slot.index)
+        try:
+            self.segment.write("cmd_doorbell", 1 << slot.index)
+        except HostError:
+            slot.place[OWNER] = 0  # the device was not told, so the entry is ours again
+            raise
 
     async def _room_for(self, slot: _Slot, blocks: int) -> None:
         if blocks <= slot.blocks:
@@ -236,6 +240,13 @@ class CommandQueue(Commands):
             await trio.sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
         return True
+
+    def _health(self) -> str:
+        """What the health buffer says. That it cannot be read must not hide that a command may still act."""
+        try:
+            return self.segment.health()
+        except HostError as error:
+            return f"its health cannot be read: {error}"
 
     def _result(self, slot: _Slot, command: Command, length: int) -> bytes:
         place = bytes(slot.place)

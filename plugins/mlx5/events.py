@@ -15,7 +15,7 @@ from plugins.mlx5.contexts import EQE
 from plugins.mlx5.layouts import CREATE_EQ, DESTROY_EQ
 from plugins.mlx5.registers import swap32
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
-from vfu_server.errors import HostError, VfuServerError
+from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.uapi import RegionIndex
 
@@ -45,6 +45,8 @@ UPDATE_EVERY: Final = 64
 UAR_PAGE: Final = 4096
 EQ_ARM: Final = 0x40
 EQ_UPDATE: Final = 0x48
+VAIN: Final = 10
+"""Doorbells in a row that do not get through: then nobody can say any more what the device does."""
 FAST: Final = 0.001
 SLOW: Final = 0.025
 
@@ -75,6 +77,8 @@ class EventQueue:
         self._eqn = 0
         self._ci = 0
         self._handlers: dict[int, list[Handler]] = {}
+        self._vain = 0
+        """Doorbells in a row that did not get through."""
         self.seen = 0
 
     @property
@@ -112,7 +116,7 @@ class EventQueue:
             self._buffer = None
             raise
         self._eqn, self._ci = answer["eqn"], 0
-        self._ring(EQ_ARM)
+        self._tell(EQ_ARM)
 
     async def close(self) -> None:
         """Destroy it; `run` must have ended."""
@@ -142,11 +146,11 @@ class EventQueue:
             found += 1
             self._ci += 1
             if found % UPDATE_EVERY == 0:
-                self._ring(EQ_UPDATE)
+                self._tell(EQ_UPDATE)
             await self._handle(event)
-        if found:
-            self.seen += found
-            self._ring(EQ_ARM)
+        self.seen += found
+        if found or self._vain:
+            self._tell(EQ_ARM)
         return found
 
     def _next(self) -> bytes | None:
@@ -168,6 +172,15 @@ class EventQueue:
             except VfuServerError as error:  # one object's trouble is not the queue's
                 log.warning("%s: event of type %#x: %s", self._host.name, kind, error)
 
-    def _ring(self, doorbell: int) -> None:
+    def _tell(self, doorbell: int) -> None:
+        """Say how far we are. What does not get through is said again with the next look; HostError: not for long."""
         value = self._eqn << 24 | self._ci & 0xFFFFFF
-        self._host.write(RegionIndex.BAR0, self._uar * UAR_PAGE + doorbell, 4, swap32(value))
+        try:
+            self._host.write(RegionIndex.BAR0, self._uar * UAR_PAGE + doorbell, 4, swap32(value))
+        except HostError as error:
+            self._vain += 1
+            if isinstance(error, DeviceGoneError) or self._vain > VAIN:
+                raise
+            log.info("%s: doorbell of event queue %d: %s", self._host.name, self._eqn, error)
+        else:
+            self._vain = 0

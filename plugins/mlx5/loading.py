@@ -126,7 +126,7 @@ class LoadSession:
         self._waiting, self._image = [], None
         queue = self._vhca.queue
         for image in images:
-            await released(image.free(queue), queue.name)
+            await image.free(queue)
         if self._pd is not None:
             pd, self._pd = self._pd, None
             await released(dealloc_pd(queue, pd), queue.name)

@@ -227,7 +227,7 @@ class LoopbackPair:
             await released(queue.call(DESTROY_QP, qpn=receiver), name)
         if self._buffer is not None:
             buffer, self._buffer = self._buffer, None
-            await released(buffer.free(queue), name)
+            await buffer.free(queue)
         if cqn is not None:
             await released(queue.call(DESTROY_CQ, cqn=cqn), name)
         if pd is not None:

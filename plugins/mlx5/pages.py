@@ -6,6 +6,7 @@ due is `boot`'s and `events`' to say. Source: Linux' mlx5_core (pagealloc.c).
 
 import errno
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,8 +14,9 @@ import trio
 
 from plugins.mlx5.commands import Commands
 from plugins.mlx5.layouts import MANAGE_PAGES, QUERY_PAGES
+from plugins.mlx5.status import CommandError, CommandTimeoutError, PfDeadError
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
-from vfu_server.errors import HostError, VfuServerError
+from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ MAX_TAKE: Final = 50000
 BOOT: Final = 1
 INIT: Final = 2
 _CANNOT, _GIVE, _TAKE = 0, 1, 2
+ATTEMPTS: Final = 3
 _PAUSE: Final = 0.02
 
 
@@ -73,24 +76,41 @@ class Pages:
                     raise HostError(f"the firmware has {self.total} pages already and wants more", errno.ENOMEM)
                 buffer = await self._memory.allocate(step * PAGE)
             except HostError:
-                await self._queue.call(MANAGE_PAGES, op_mod=_CANNOT, pages=True, function_id=function)
+                await self._manage(_CANNOT, function)
                 raise
-            places = range(buffer.iova, buffer.iova + step * PAGE, PAGE)
-            tail = b"".join(place.to_bytes(8, "big") for place in places)
-            piece = _Piece(buffer, step)
-            mine = self._given.setdefault(function, {})
-            mine.update(dict.fromkeys(places, piece))  # first: a command that timed out may have been obeyed
-            try:
-                await self._queue.call(
-                    MANAGE_PAGES, op_mod=_GIVE, pages=True, function_id=function, count=step, tail=tail
-                )
-            except HostError as error:
-                if error.errno != errno.ETIMEDOUT:
-                    for place in places:
-                        del mine[place]
-                    await self._memory.free(buffer)
-                raise
+            await self._give(function, buffer)
             count -= step
+
+    async def _give(self, function: int, buffer: DmaBuffer) -> None:
+        places = range(buffer.iova, buffer.iova + buffer.size, PAGE)
+        mine = self._given.setdefault(function, {})
+        # first: a command that timed out may have been obeyed
+        mine.update(dict.fromkeys(places, _Piece(buffer, len(places))))
+        try:
+            await self._manage(_GIVE, function, places)
+        except CommandTimeoutError:
+            raise
+        except HostError:
+            for place in places:
+                del mine[place]
+            await self._memory.free(buffer)
+            raise
+
+    async def _manage(self, what: int, function: int, places: Sequence[int] = ()) -> None:
+        """MANAGE_PAGES, again if the firmware has not heard of it: for whoever needs the pages waits until it has."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                tail = b"".join(place.to_bytes(8, "big") for place in places)
+                values = {"function_id": function, "count": len(places)}
+                await self._queue.call(MANAGE_PAGES, values, op_mod=what, pages=True, tail=tail)
+            except (CommandTimeoutError, DeviceGoneError, PfDeadError):
+                raise
+            except HostError as error:
+                if attempt == ATTEMPTS or (isinstance(error, CommandError) and error.status):
+                    raise
+                log.info("%s: %s; trying again", self._queue.name, error)
+            else:
+                return
 
     async def take(self, function: int, count: int) -> int:
         """Take up to `count` pages back; returns how many came. HostError: what came is not ours."""

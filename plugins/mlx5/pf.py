@@ -94,6 +94,8 @@ class PhysicalFunction:
         self._lock = trio.Lock()
         self._watching = trio.CancelScope()
         self._watch_scope = trio.CancelScope()
+        self._health = -1, 0
+        """The health counter as it was last seen, and looks in a row that told no good."""
         self._command = 0
         """PCI COMMAND as it was found."""
 
@@ -242,28 +244,37 @@ class PhysicalFunction:
     async def _watch(self, scope: trio.CancelScope) -> None:
         """Look at the health buffer; bring the function up again if it has died."""
         with scope:
-            await self._look()
+            while True:
+                await trio.sleep(HEALTH_EVERY)
+                try:
+                    if why := self._dead():
+                        self._health = -1, 0
+                        await self._recover(why)
+                except DeviceGoneError as error:
+                    self.queue.fail(PfDeadError(f"the physical function is gone: {error}"))
+                    return
+                except VfuServerError as error:
+                    log.error("%s: it stays dead: %s", self.host.name, error)
+                    return
 
-    async def _look(self) -> None:
-        last, misses = -1, 0
-        while True:
-            await trio.sleep(HEALTH_EVERY)
-            try:
-                why = self.segment.fatal()
-                count = self.segment.field("health_counter", "health_counter")
-                misses = misses + 1 if count == last else 0
-                last = count
-                if not why and misses >= MISSES:
-                    why = f"its health counter stands still at {count:#x} ({self.segment.health()})"
-                if why:
-                    misses = 0
-                    await self._recover(why)
-            except DeviceGoneError as error:
-                self.queue.fail(PfDeadError(f"the physical function is gone: {error}"))
-                return
-            except VfuServerError as error:
-                log.error("%s: it stays dead: %s", self.host.name, error)
-                return
+    def _dead(self) -> str:
+        """Why it has to be reset; empty: it lives, or only one look has failed. DeviceGoneError."""
+        if (failure := self.queue.failure) is not None:
+            return str(failure)
+        last, misses = self._health
+        count, said = last, ""
+        try:
+            if why := self.segment.fatal():
+                return why
+            count = self.segment.field("health_counter", "health_counter")
+            said = f"its health counter stands still at {count:#x}"
+        except DeviceGoneError:
+            raise
+        except HostError as error:
+            said = f"its health cannot be read: {error}"
+        misses = misses + 1 if count == last else 0
+        self._health = count, misses
+        return said if misses >= MISSES else ""
 
     async def _recover(self, why: str) -> None:
         """Reset it and bring it up again. Its virtual functions have lost their state."""

@@ -163,10 +163,8 @@ class SaveSession:
         """A full SAVE without tracking, thrown away, is what turns it off."""
         self._tracking = False
         self._throw_away()
-        if not self._free:
-            await self._new_buffer(MIN_BUFFER)
         query = await self._vhca.query(incremental=True)
-        buffer = await self._fit(self._free.pop(), query.required)
+        buffer = await self._buffer(query.required)
         await self._vhca.save(buffer, incremental=False, track=False)
 
     def _throw_away(self) -> None:
@@ -179,7 +177,7 @@ class SaveSession:
         self._records.clear()
         queue = self._vhca.queue
         for buffer in self._all:
-            await released(buffer.free(queue), queue.name)
+            await buffer.free(queue)
         if self._pd is not None:
             await released(dealloc_pd(queue, self._pd), queue.name)
         self._all, self._free, self._pd = [], [], None
@@ -193,17 +191,18 @@ class SaveSession:
         self._free.append(buffer)
         return buffer
 
-    async def _fit(self, buffer: StateBuffer, size: int) -> StateBuffer:
-        """`buffer` if `size` bytes fit, else a new one in its place."""
-        if size <= buffer.capacity:
-            return buffer
+    async def _buffer(self, size: int) -> StateBuffer:
+        """A free buffer into which `size` bytes fit: a new one in the place of one that is too small."""
         if size > MAX_IMAGE:
             raise HostError(f"{self._vhca.queue.name}: an image of {size} bytes cannot be carried")
-        self._all.remove(buffer)
-        await buffer.free(self._vhca.queue)
-        larger = await self._new_buffer(-(-size // 4096) * 4096)
-        self._free.remove(larger)
-        return larger
+        if self._free:
+            buffer = self._free.pop()
+            if size <= buffer.capacity:
+                return buffer
+            self._all.remove(buffer)
+            await buffer.free(self._vhca.queue)
+        await self._new_buffer(max(MIN_BUFFER, -(-size // 4096) * 4096))
+        return self._free.pop()
 
     # SAVEs
 
@@ -285,7 +284,7 @@ class SaveSession:
             if not query.size:
                 return False
             with trio.CancelScope(shield=True):  # buffers change hands
-                buffer = await self._fit(self._free.pop(), query.required)
+                buffer = await self._buffer(query.required)
             first, self._first_again = self._first_again or query.state == STATE_INIT, False
             self._start(buffer, incremental=True, track=True, first=first)
             return True
@@ -314,7 +313,7 @@ class SaveSession:
 
     async def _start_final(self, size: int, *, incremental: bool) -> None:
         with trio.CancelScope(shield=True):
-            buffer = await self._fit(self._free.pop(), size)
+            buffer = await self._buffer(size)
         self._start(buffer, incremental=incremental, track=False)
 
     async def _send_all(self, sink: Sink) -> None:

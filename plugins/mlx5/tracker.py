@@ -28,7 +28,7 @@ from plugins.mlx5.events import EventQueue
 from plugins.mlx5.layouts import CREATE_OBJECT, DESTROY_OBJECT, MODIFY_OBJECT, QUERY_OBJECT
 from plugins.mlx5.loopback import LoopbackPair, Message
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
-from plugins.mlx5.status import CommandError, PfDeadError
+from plugins.mlx5.status import PfDeadError
 from vfu_server.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,10 @@ class PageTracker:
         self._pair: LoopbackPair | None = None
         self._completions: EventQueue | None = None
         self._object: int | None = None
+        self._left: int | None = None
+        """An object that the firmware would not destroy: there is room for one, so that is tried again."""
+        self._asking = trio.Lock()
+        """Around the object's end and every question about its state: once destroyed, its number may be another's."""
         self._page = 0
         self._broken = ""
         self._events: events.EventQueue | None = None
@@ -67,6 +71,7 @@ class PageTracker:
         """
         await self.stop()
         pf = self._pf
+        await self._destroy(self._left)
         commands = self._commands = Bound(pf.queue)
         caps = await query_caps(commands, CAP_ADV_VIRTUALIZATION, ADV_VIRTUALIZATION)
         merged = merge(ranges, max(1, caps["max_num_range"]))
@@ -105,21 +110,31 @@ class PageTracker:
         return self._page
 
     async def stop(self) -> None:
-        """Forget the log. Harmless if there is none."""
+        """Forget the log. Harmless if there is none; what cannot be given back is logged."""
         self._listen(None)
         number, self._object = self._object, None
         pair, self._pair = self._pair, None
         try:
-            if number is not None:
-                await self._commands.call(DESTROY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number)
-        except PfDeadError as error:
-            log.debug("%s: the log of pages is gone already: %s", self._pf.host.name, error)
+            async with self._asking:
+                await self._destroy(number)
         finally:
             if pair is not None:
                 await pair.close()
             completions, self._completions = self._completions, None
             if completions is not None:
                 await released(completions.close(), self._pf.host.name)
+
+    async def _destroy(self, number: int | None) -> None:
+        if number is None:
+            return
+        self._left = None
+        try:
+            await self._commands.call(DESTROY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number)
+        except PfDeadError as error:
+            log.debug("%s: the log of pages is gone already: %s", self._pf.host.name, error)
+        except HostError as error:
+            log.warning("%s: the log of pages cannot be ended: %s", self._pf.host.name, error)
+            self._left = number
 
     async def report(self, iova: int, length: int, page_size: int) -> bytes:
         """The pages of a range that were written since it was last asked for: a bit each, lowest first, in whole
@@ -166,7 +181,10 @@ class PageTracker:
             if now >= quiet_until:
                 raise HostError(f"page tracker: no report within {REPORT_SECONDS} s", errno.EIO)
             if now >= ask_at:
-                state, ask_at = await self._state(number), now + ASK_EVERY
+                asked, ask_at = await self._state(number), now + ASK_EVERY
+                if asked is None:
+                    raise HostError("page tracker: its log was ended", errno.EIO)
+                state = asked
                 if state == TRACKING:
                     state = self._drain(pair, bits)
                 continue
@@ -182,8 +200,12 @@ class PageTracker:
             state = self._take(message, bits)
         return state
 
-    async def _state(self, number: int) -> int:
-        return (await self._commands.call(QUERY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number))["state"]
+    async def _state(self, number: int) -> int | None:
+        """What the object says; None: it is ours no more."""
+        async with self._asking:
+            if self._object != number:
+                return None
+            return (await self._commands.call(QUERY_OBJECT, op_mod=PAGE_TRACK_TYPE, obj_id=number))["state"]
 
     def _take(self, message: Message, bits: "_Bits") -> int:
         if len(message.data) % ADDRESS:
@@ -222,19 +244,14 @@ class PageTracker:
 
     async def _on_object(self, event: bytes) -> None:
         """The object's state has changed by itself: an error shows here even if no report comes."""
-        if self._object is None or EQE_OBJECT.get(event, "obj_type") != PAGE_TRACK_TYPE:
-            return
-        number = self._object
-        if EQE_OBJECT.get(event, "obj_id") != number:
+        number = EQE_OBJECT.get(event, "obj_id")
+        if EQE_OBJECT.get(event, "obj_type") != PAGE_TRACK_TYPE or number != self._object:
             return
         try:
-            state = await self._state(number)
-        except CommandError as error:
-            if self._object == number:  # else it was destroyed meanwhile
-                self._broken = str(error)
-            return
-        if state == ERROR:
-            self._broken = "the tracker is in error"
+            if await self._state(number) == ERROR:
+                self._broken = "the tracker is in error"
+        except HostError as error:
+            self._broken = str(error)
 
 
 class _Bits:

@@ -1,5 +1,7 @@
 """The conformance suite finds nothing in a sound plugin, and each check finds what it is for in a spoilt one."""
 
+import re
+
 import pytest
 
 from tests.kit.conftest import NAME, installed
@@ -347,3 +349,20 @@ def test_sections_that_differ_by_nature_are_not_compared(importable, tmp_path, m
     with Bench("spoilt", Target("spoilt", MODEL), plugins=Plugins()) as bench:
         results = run(bench, [BY_NAME["save-twice"], BY_NAME["load"], BY_NAME["clients"]])
     assert [result.verdict for result in results] == [Verdict.PASSED] * 3, results
+
+
+@pytest.mark.slow
+@pytest.mark.deadline(300)
+def test_the_doors_of_companions_are_struck_too():
+    """A plugin whose work goes by its physical function has no other accesses."""
+    plugins = Plugins()
+    with Bench("mlx5", Target("connectx", plugins.model("mlx5", "connectx")), plugins=plugins) as bench:
+        (result,) = run(bench, [BY_NAME["door-faults"]])
+        own, companion = bench.doors("source")
+    assert result.verdict is Verdict.PASSED, result
+    failures, struck = re.match(
+        r"(\d+) failures, (\d+) of which struck, at 2 doors and 2 of companions", result.text
+    ).groups()
+    assert int(failures) >= int(struck) > 20
+    assert len(companion.struck) > 10
+    assert own.struck == []

@@ -114,6 +114,23 @@ def test_a_read_that_waits_is_ended_with_the_session(served, client, end, answer
     assert (reply.errno, reply.payload) == answer
 
 
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMSG, errno.ENODATA, errno.EBUSY])
+@pytest.mark.parametrize("pre_copy", [True, False])
+def test_a_fault_is_told_whatever_its_errno(served, client, number, pre_copy):
+    """`try again`, of a device that has no resources, is no reason to let the client wait for ever."""
+    ring = served.context.ring
+    ring.open_save(pre_copy=pre_copy)
+    ring.more_to_come()
+    waiting = read_message(client, 100)
+    served.settle(client)
+    ring.fail(number)
+    told = number if number == errno.EBUSY else errno.EIO
+    assert client.wait_reply(waiting).errno == told
+    ring.open_load()
+    ring.fail(number)
+    assert client.wait_reply(write_message(client, b"data")).errno == told
+
+
 def test_the_end_of_pre_copy_makes_reads_wait(served, client):
     served.context.ring.open_save(pre_copy=True)
     served.context.ring.more_to_come()

@@ -14,6 +14,8 @@ from vfu_server.libvfio_user.native import ffi, lib
 
 LEND = 64 << 10
 """Pieces of at least so many bytes are not copied but lent: they are kept here until the client has them."""
+NO_FAULTS = frozenset({0, errno.EAGAIN, errno.ENOMSG, errno.ENODATA})
+"""What the ring's calls say by errno when nothing has failed."""
 
 
 class Ring:
@@ -67,8 +69,10 @@ class Ring:
         lib.vs_device_ring_eof(self._device)
 
     def fail(self, error: int) -> None:
-        """Answer the client's further reads or writes with errno `error`."""
-        lib.vs_device_ring_error(self._device, error)
+        """Answer the client's further reads or writes with errno `error`; with EIO where that has a meaning of its own
+        here: a client that is told to wait would wait for ever.
+        """
+        lib.vs_device_ring_error(self._device, errno.EIO if error in NO_FAULTS else error)
 
     @property
     def wanted(self) -> bool:

@@ -20,7 +20,7 @@ from vfu_server.device import Device
 from vfu_server.errors import VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins import Plugin, Plugins, Taken, exactly_one
-from vfu_server.server_companions import CompanionDoors
+from vfu_server.server_companions import CompanionDoors, OpenHost
 from vfu_server.server_doors import open_host
 from vfu_server.server_stage import one_cause
 from vfu_server.session import Session, SessionOptions
@@ -34,10 +34,13 @@ SECONDS = 60.0
 
 
 class Loop:
-    """A trio loop in a thread of its own, and what was logged meanwhile, by the server and by plugins."""
+    """A trio loop in a thread of its own, and what was logged meanwhile, by the server and by plugins.
 
-    def __init__(self, instruments: Sequence[trio.abc.Instrument] = ()) -> None:
-        self.companions = CompanionDoors()
+    `opener` opens the doors of companions, in place of the server's own.
+    """
+
+    def __init__(self, instruments: Sequence[trio.abc.Instrument] = (), opener: OpenHost = open_host) -> None:
+        self.companions = CompanionDoors(opener)
         self.records: list[logging.LogRecord] = []
         self._instruments = instruments
         self._ready = threading.Event()

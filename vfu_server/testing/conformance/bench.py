@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, cast
 
+from vfu_server.config import DeviceConfig, Source
 from vfu_server.device import Capabilities, Device, ModelCommand
 from vfu_server.errors import VfuServerError
 from vfu_server.host_device import HostDevice
 from vfu_server.plugins import Plugins
 from vfu_server.policy import Answer, Rule, StateClass
+from vfu_server.server_doors import open_host
 from vfu_server.testing.client import Client
 from vfu_server.testing.conformance.doors import WatchedHost
 from vfu_server.testing.conformance.pace import Pace
@@ -46,7 +48,7 @@ class Target:
 @dataclass(slots=True)
 class _Side:
     served: Served
-    door: WatchedHost
+    doors: list[WatchedHost]
     model: ModelProcess | None
     guests: list[Guest] = field(default_factory=list)
 
@@ -70,10 +72,12 @@ class Bench:
         self.seed = seed
         self.pace = Pace(self._doing)
         self._sides: dict[str, _Side] = {}
+        self._opening: list[WatchedHost] = []
+        """The doors of the side that is being opened; a companion that comes later counts as its own, too."""
         self._loop: Loop | None = None
 
     def __enter__(self) -> Self:
-        self._loop = Loop([self.pace])
+        self._loop = Loop([self.pace], self._open_companion)
         return self
 
     def __exit__(
@@ -102,8 +106,12 @@ class Bench:
         return self._side(name).served
 
     def door(self, name: str) -> WatchedHost:
-        """The door that a side's plugin goes by."""
-        return self._side(name).door
+        """The door of a side's own device, that its plugin goes by."""
+        return self._side(name).doors[0]
+
+    def doors(self, name: str) -> Sequence[WatchedHost]:
+        """All doors that a side's plugin goes by: its own, and those of the companions that it has opened."""
+        return tuple(self._side(name).doors)
 
     @property
     def device(self) -> Device:
@@ -138,9 +146,10 @@ class Bench:
         model = None if self.target.model is None else ModelProcess(self.target.model)
         path = model.path if model is not None else self.target.sockets[SIDES.index(name)]
         doors: list[WatchedHost] = []
+        self._opening = doors
 
         def hosting(host: HostDevice) -> HostDevice:
-            doors.append(WatchedHost(host))
+            doors.insert(0, WatchedHost(host))
             return cast("HostDevice", doors[0])  # by __getattr__
 
         try:
@@ -151,7 +160,12 @@ class Bench:
             if model is not None:
                 model.close()
             raise
-        return _Side(served, doors[0], model)
+        return _Side(served, doors, model)
+
+    async def _open_companion(self, source: Source, config: DeviceConfig) -> HostDevice:
+        door = WatchedHost(await open_host(source, config))
+        self._opening.append(door)
+        return cast("HostDevice", door)
 
     def _drop(self, name: str) -> None:
         side = self._sides.pop(name, None)
@@ -169,8 +183,9 @@ class Bench:
             for guest in side.guests:
                 guest.close()
             side.guests.clear()
-            side.door.orders.clear()
-            side.door.lossy = False
+            for door in side.doors:
+                door.orders.clear()
+                door.lossy = False
         self.loop.records.clear()
 
     def _doing(self) -> str:

@@ -24,16 +24,21 @@ class _Seen:
     """What a migration without failures came by on one side."""
 
     calls: tuple[Call, ...]
-    accesses: tuple[Call, ...]
+    accesses: tuple[tuple[Call, ...], ...]
+    """Of each door: the device's own, and those of its companions."""
 
 
 def _watch(bench: Bench) -> dict[str, _Seen]:
     with bench.guest() as source, bench.guest("destination") as destination:
-        marks = {name: (len(bench.served(name).device.calls), len(bench.door(name).calls)) for name in SIDES}
+        marks = {name: len(bench.served(name).device.calls) for name in SIDES}
+        doors = {name: [(door, len(door.calls)) for door in bench.doors(name)] for name in SIDES}
         _move(bench, source.client, destination.client)
         return {
-            name: _Seen(_counted(bench.served(name).device.calls[calls:]), _counted(bench.door(name).calls[accesses:]))
-            for name, (calls, accesses) in marks.items()
+            name: _Seen(
+                _counted(bench.served(name).device.calls[mark:]),
+                tuple(_counted(door.calls[before:]) for door, before in doors[name]),
+            )
+            for name, mark in marks.items()
         }
 
 
@@ -76,16 +81,27 @@ def door_faults(bench: Bench) -> str:
     seen = _watch(bench)
     cases = struck = 0
     for side in SIDES:
-        for call in _spread(seen[side].accesses):
-            with bench.guest() as source, bench.guest("destination") as destination:
-                door = bench.door(side)
-                before = len(door.struck)
-                door.order(call.method, HostError(f"ordered for {call}", errno.EREMOTEIO), call.nth)
-                _try(bench, f"{call} at the {side}'s door", source.client, destination.client)
-                door.orders.clear()
-                cases, struck = cases + 1, struck + len(door.struck) - before
+        for number, accesses in enumerate(seen[side].accesses):
+            whose = "" if not number else f"companion {number} of the "
+            for call in _spread(accesses):
+                cases, struck = (
+                    cases + 1,
+                    struck + _fail_at(bench, side, number, call, f"{call} at the {whose}{side}'s door"),
+                )
     _watch(bench)
-    return f"{cases} failures, {struck} of which struck"
+    companions = sum(len(seen[side].accesses) - 1 for side in SIDES)
+    return f"{cases} failures, {struck} of which struck, at {len(SIDES)} doors and {companions} of companions"
+
+
+def _fail_at(bench: Bench, side: str, number: int, call: Call, what: str) -> int:
+    """A migration during which an access fails at door `number` of a side; whether it was come by."""
+    with bench.guest() as source, bench.guest("destination") as destination:
+        door = bench.doors(side)[number]
+        before = len(door.struck)
+        door.order(call.method, HostError(f"ordered for {call}", errno.EREMOTEIO), call.nth)
+        _try(bench, what, source.client, destination.client)
+        door.orders.clear()
+        return len(door.struck) - before
 
 
 def _first_and_last(calls: Sequence[Call]) -> list[Call]:
