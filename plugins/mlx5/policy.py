@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from plugins.mlx5.registers import INIT_SEGMENT_SIZE
+from plugins.mlx5.registers import INIT_SEGMENT, INIT_SEGMENT_SIZE
 from vfu_server.host_device import RegionInfo
 from vfu_server.policy import WIDTH_ANY, WIDTHS_REGISTER, Answer, Answers, Policy, Rule
 from vfu_server.uapi import (
@@ -26,6 +26,7 @@ WIDTHS: Final = WIDTHS_REGISTER | WIDTH_ANY
 
 SEGMENT: Final = Answers(Answer.PASS, Answer.SHADOW, Answer.SHADOW, Answer.DISCARD, Answer.DISCARD)
 DOORBELLS: Final = Answers(Answer.MMAP, Answer.MMAP, Answer.MMAP, Answer.MMAP, Answer.DISCARD)
+RESERVED: Final = Answers(Answer.PASS, Answer.PASS, Answer.DISCARD, Answer.DISCARD, Answer.DISCARD)
 UNMAPPED: Final = Answers(Answer.PASS, Answer.PASS, Answer.DISCARD, Answer.DISCARD, Answer.DISCARD)
 TABLE: Final = Answers.while_running(Answer.PASS, Answer.DISCARD)
 
@@ -33,6 +34,7 @@ SEGMENT_REASON: Final = (
     "the function's own command interface: a command needs the function's DMA, so in P2P and STOP a doorbell is kept "
     "until it runs again, and reads give what was there, since all ones would tell a driver that the card is dead"
 )
+RESERVED_REASON: Final = "no register is known there, so nothing is kept: that would be a read for each eight bytes"
 DOORBELL_REASON: Final = (
     "doorbell pages (UAR), far too hot to be trapped; a suspended function drops what is written, its vendor says, and "
     "a mapping cannot be taken back anyway"
@@ -40,6 +42,8 @@ DOORBELL_REASON: Final = (
 UNMAPPED_REASON: Final = "doorbell pages (UAR) that the door does not let be mapped: dropped unless the function runs"
 TABLE_REASON: Final = "messages are set up by SET_IRQS; the table is never mapped"
 OTHER_REASON: Final = "nothing of this family is known there: passed on while it runs"
+GRAIN: Final = 32
+"""Bytes between registers of the initialization segment that are taken for part of it."""
 NO_P2P: Final = "nothing here can suspend the function's initiator alone"
 
 
@@ -96,12 +100,32 @@ def _region_rules(region: RegionInfo, table: MsixTable | None) -> Iterator[Rule]
     yield from _span(region, last, region.size)
 
 
+def _segment_spans() -> list[tuple[int, int]]:
+    """Where the initialization segment has registers: (first, end), in whole grains, ascending."""
+    found: list[tuple[int, int]] = []
+    for register in INIT_SEGMENT:
+        first, end = register.offset // GRAIN * GRAIN, -(-register.end // GRAIN) * GRAIN
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((first, end))
+    return found
+
+
 def _span(region: RegionInfo, start: int, end: int) -> Iterator[Rule]:
     """Initialization segment and doorbell pages between two places."""
     middle = min(max(start, INIT_PAGES), end)
-    if start < middle:
-        name = "initialization segment"
-        yield Rule(region.index, start, middle - start, SEGMENT, SEGMENT, name, SEGMENT_REASON, WIDTHS_REGISTER)
+    at = start
+    for first, last in _segment_spans():
+        first, last = max(first, at), min(last, middle)
+        if first < last:
+            if at < first:
+                yield Rule(region.index, at, first - at, RESERVED, RESERVED, "reserved", RESERVED_REASON, WIDTHS)
+            name = "initialization segment"
+            yield Rule(region.index, first, last - first, SEGMENT, SEGMENT, name, SEGMENT_REASON, WIDTHS_REGISTER)
+            at = last
+    if at < middle:
+        yield Rule(region.index, at, middle - at, RESERVED, RESERVED, "reserved", RESERVED_REASON, WIDTHS)
     whole = end // PAGE_SIZE * PAGE_SIZE if region.flags & REGION_INFO_FLAG_MMAP else middle
     if middle < whole:
         yield Rule(region.index, middle, whole - middle, DOORBELLS, DOORBELLS, "doorbells", DOORBELL_REASON, WIDTHS)
