@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("libvfio_user", "host"),
     (
         *("hookspecs", "device", "host_device", "policy", "regmap", "registers", "stream", "crc32c", "model"),
-        *("pciconfig", "trace_format", "kernel_migration", "companion", "dma_memory", "pci_command"),
+        *("pciconfig", "trace_format", "kernel_migration", "companion", "dma_memory", "pci_command", "toml_lines"),
     ),
     ("uapi", "errors"),
 )

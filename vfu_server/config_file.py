@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 from vfu_server import config, logs
 from vfu_server.config import DeviceConfig, ServerConfig, Source, SourceKind
 from vfu_server.errors import ConfigError, UsageError
+from vfu_server.toml_lines import Path as KeyPath
+from vfu_server.toml_lines import line_numbers, line_of
 
 MAX_FILE = 1 << 20
 
 T = TypeVar("T")
-
-Path_ = tuple[str | int, ...]
-"""Where a value stands: `("device", 0, "bdf")`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +111,12 @@ class _Reader:
 
     def __init__(self, path: str, text: str) -> None:
         self._path = path
-        self._lines = locate(text)
+        self._lines = line_numbers(text)
 
-    def fail(self, where: Path_, problem: str) -> ConfigError:
+    def fail(self, where: KeyPath, problem: str) -> ConfigError:
         """The complaint about the value at `where` (or the nearest thing around it that has a line)."""
-        at = where
-        while at not in self._lines and at:
-            at = at[:-1]
-        line = self._lines.get(at, 1)
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-        return ConfigError(f"{self._path}:{line}: {name}: {problem}")
+        return ConfigError(f"{self._path}:{line_of(self._lines, where)}: {name}: {problem}")
 
     def document(self, document: Mapping[str, Any]) -> FileConfig:
         """The whole file."""
@@ -144,7 +139,7 @@ class _Reader:
         self._checked(("device",), lambda: config.check_devices(devices))
         return FileConfig(server, defaults, devices)
 
-    def _table(self, where: Path_, table: object, fields: Mapping[str, Field]) -> Mapping[str, Any]:
+    def _table(self, where: KeyPath, table: object, fields: Mapping[str, Field]) -> Mapping[str, Any]:
         """`table`, made sure of: a table with known fields of the right kinds."""
         if not isinstance(table, dict):
             raise self.fail(where, "must be a table")
@@ -159,7 +154,7 @@ class _Reader:
         return table
 
     def _device(self, number: int, written: object, defaults: DeviceConfig) -> DeviceConfig:
-        where: Path_ = ("device", number)
+        where: KeyPath = ("device", number)
         table = self._table(where, written, _DEVICE)
         sources = [key for key in _SOURCES if key in table]
         if len(sources) != 1:
@@ -181,7 +176,7 @@ class _Reader:
         device = self._fill(where, table, replace(defaults, name=name, source=source, vf_token=token))
         return replace(device, fd=table["fd"], socket_path="") if "fd" in table else device
 
-    def _fill(self, where: Path_, table: Mapping[str, Any], base: DeviceConfig) -> DeviceConfig:
+    def _fill(self, where: KeyPath, table: Mapping[str, Any], base: DeviceConfig) -> DeviceConfig:
         options = dict(base.options)
         for key, value in table.get("options", {}).items():
             if isinstance(value, bool):
@@ -193,7 +188,7 @@ class _Reader:
         return replace(base, options=options, **given)
 
     def _path_of(self, number: int, device: DeviceConfig, count: int) -> str:
-        where: Path_ = ("device", number, "socket-path")
+        where: KeyPath = ("device", number, "socket-path")
         if count > 1 and ("defaults", "socket-path") in self._lines and where not in self._lines:
             where = ("defaults", "socket-path")
             if not config.is_template(device.socket_path) and device.fd < 0:
@@ -201,14 +196,14 @@ class _Reader:
         return self._checked(where, lambda: config.expand_path(device.socket_path, device.name, number))
 
     def _trace_of(self, number: int, device: DeviceConfig) -> str:
-        where: Path_ = ("device", number, "trace-regions")
+        where: KeyPath = ("device", number, "trace-regions")
         if where not in self._lines and ("defaults", "trace-regions") in self._lines:
             where = ("defaults", "trace-regions")
         return self._checked(
             where, lambda: config.expand_path(device.trace_regions, device.name, number, "--trace-regions")
         )
 
-    def _checked(self, where: Path_, check: Callable[[], T]) -> T:
+    def _checked(self, where: KeyPath, check: Callable[[], T]) -> T:
         try:
             return check()
         except UsageError as error:
@@ -216,66 +211,3 @@ class _Reader:
 
 
 _KIND_NAMES = {str: "a string", bool: "true or false", int: "an integer", dict: "a table", list: "an array of tables"}
-
-_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
-_KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
-_HEADER = re.compile(rf"\s*(\[\[?)\s*({_KEYS})\s*\]")
-_ASSIGNMENT = re.compile(rf"\s*({_KEYS})\s*=")
-_ONE_KEY = re.compile(_KEY)
-
-
-def locate(text: str) -> dict[Path_, int]:
-    """The line (from 1) of every table and key of a TOML document that tomllib has accepted.
-
-    What stands inside a value (multi-line strings, inline tables) has no line of its own.
-    """
-    lines: dict[Path_, int] = {(): 1}
-    table: Path_ = ()
-    counts: dict[Path_, int] = {}
-    quotes = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if quotes:
-            quotes = _open_string(line.partition(quotes)[2]) if quotes in line else quotes
-            continue
-        header = _HEADER.match(line)
-        assignment = None if header else _ASSIGNMENT.match(line)
-        if header:
-            table = _resolve(_split(header[2]), counts, new_element=header[1] == "[[")
-            for length in range(1, len(table) + 1):
-                lines.setdefault(table[:length], number)
-        elif assignment:
-            path = table + _split(assignment[1])
-            for length in range(len(table) + 1, len(path) + 1):
-                lines.setdefault(path[:length], number)
-        quotes = _open_string(line)
-    return lines
-
-
-def _split(keys: str) -> Path_:
-    return tuple(key[1:-1] if key[0] in "\"'" else key for key in _ONE_KEY.findall(keys))
-
-
-def _resolve(keys: Path_, counts: dict[Path_, int], *, new_element: bool) -> Path_:
-    """`device.options` means the options of the last `[[device]]`."""
-    path: Path_ = ()
-    for position, key in enumerate(keys, 1):
-        path = (*path, key)
-        if new_element and position == len(keys):
-            counts[path] = counts.get(path, -1) + 1
-        if path in counts:
-            path = (*path, counts[path])
-    return path
-
-
-def _open_string(line: str) -> str:
-    """The quotes of a multi-line string that begins in `line` and does not end there, or an empty string."""
-    while (match := re.search(r'#|"""|\'\'\'|"(?:[^"\\]|\\.)*"|\'[^\']*\'', line)) is not None:
-        token = match[0]
-        if token == "#":
-            return ""
-        line = line[match.end() :]
-        if token in ('"""', "'''"):
-            if token not in line:
-                return token
-            line = line.partition(token)[2]
-    return ""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from plugins.generic_dmaq import toml_lines
+from vfu_server import toml_lines
 from vfu_server.errors import ConfigError
 
 MAX_FILE = 1 << 20

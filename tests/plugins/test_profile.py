@@ -14,12 +14,12 @@ from plugins.generic_dmaq.layout import layout_of
 from plugins.generic_dmaq.probe import probe
 from plugins.generic_dmaq.profile import find_profile, load_profile, shipped
 from plugins.generic_dmaq.registers import load_blocks
-from plugins.generic_dmaq.toml_lines import line_numbers, line_of
 from plugins.generic_dmaq.transforms import Inverted, Masked, Through, Without
 from tests.plugins.carry import take
 from tests.plugins.fake_host import FakeEdu, FakeHost, FakeIoat
 from vfu_server.errors import ConfigError, HostError, UsageError
 from vfu_server.policy import Answer, Policy, StateClass
+from vfu_server.toml_lines import line_numbers
 from vfu_server.uapi import PCI_COMMAND
 
 SMALL = """\
@@ -246,51 +246,6 @@ def test_no_text_gives_anything_but_a_profile_or_a_config_error(
     layout = layout_of(profile, {})
     layout.policy.check(layout.sizes)
     assert not list(layout.policy.gaps(layout.sizes))
-
-
-def test_lines_are_found_behind_strings_comments_and_brackets() -> None:
-    rows = (
-        'a = """',
-        "b = 1",
-        '"""  # c = [',
-        "list = [  # [",
-        "  [1, 2], # ]",
-        '  "]", ',
-        "]",
-        "[t.'x.y'] # [no]",
-        'deep."k e y" = { z = 1 }',
-        "[[many]]",
-        "v = '''x''' # '",
-        "[[many]]",
-        "[[many.below]]",
-        "w = 1",
-        "[many.table]",
-        "u = '\"'",
-        "last = 2",
-    )
-    text = "\n".join(rows)
-    lines = line_numbers(text)
-    assert lines == {
-        (): 1,
-        ("a",): 1,
-        ("list",): 4,
-        ("t",): 8,
-        ("t", "x.y"): 8,
-        ("t", "x.y", "deep"): 9,
-        ("t", "x.y", "deep", "k e y"): 9,
-        ("many",): 10,
-        ("many", 0): 10,
-        ("many", 0, "v"): 11,
-        ("many", 1): 12,
-        ("many", 1, "below"): 13,
-        ("many", 1, "below", 0): 13,
-        ("many", 1, "below", 0, "w"): 14,
-        ("many", 1, "table"): 15,
-        ("many", 1, "table", "u"): 16,
-        ("many", 1, "table", "last"): 17,
-    }
-    assert line_of(lines, ("t", "x.y", "deep", "k e y", "z")) == 9
-    assert line_of(lines, ("nothing", "here")) == 1
 
 
 def test_every_line_of_the_shipped_profiles_is_found_where_it_is() -> None:

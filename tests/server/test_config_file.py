@@ -1,10 +1,6 @@
 """Configuration files: what is read, and that every complaint names file, line and field."""
 
-import tomllib
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.server.programs import run
 from vfu_server import config_file
@@ -171,43 +167,3 @@ def test_program_ends_with_the_code_for_configuration(tmp_path) -> None:
     done = run("--config", tmp_path / "server.toml")
     assert done.returncode == 3
     assert done.stderr == f"vfu-server: error: {tmp_path}/server.toml:3: device[0].mmap: must be a string, not 1\n"
-
-
-KEYS = st.one_of(
-    st.from_regex(r"[A-Za-z0-9_-]{1,6}", fullmatch=True),
-    st.from_regex(r'"[a-z =.#\[\]\']{0,6}"', fullmatch=True),
-    st.from_regex(r"'[a-z =.#\[\]\"]{0,6}'", fullmatch=True),
-)
-VALUES = st.sampled_from(
-    ["1", '"x = 1 # ["', "'y\"'", '"""\n[a]\nb = 1\n"""', "'''\n[[a]]\n'''", "[1, 2]", '""', '"\\""', "1 # c = '''"]
-)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["", "[{}]", "[[{}]]"]), st.lists(KEYS, min_size=1, max_size=3), VALUES), max_size=6
-    )
-)
-def test_lines_are_those_of_the_keys(statements) -> None:
-    """A document built statement by statement, so that the right line of each key is known."""
-    text = ""
-    wanted: dict[int, str] = {}
-    for form, keys, value in statements:
-        statement = form.format(".".join(keys)) if form else f"{' . '.join(keys)} = {value}"
-        try:
-            tomllib.loads(f"{text}{statement}\n")
-        except tomllib.TOMLDecodeError:
-            continue  # defined twice, or the like
-        if not form:
-            wanted[text.count("\n") + 1] = keys[-1]
-        text += f"{statement}\n"
-    found = config_file.locate(text)
-    for line, key in wanted.items():
-        name = key[1:-1] if key[0] in "\"'" else key
-        assert any(path[-1:] == (name,) for path, at in found.items() if at == line)
-    document = tomllib.loads(text)
-    for path in found:
-        at = document
-        for part in path:
-            at = at[part]

@@ -1,6 +1,6 @@
 """Where in the text of a TOML file a key stands: tomllib gives values without lines, and error messages need lines.
 
-A small scanner over text that tomllib has accepted. It must not judge the text and knows nothing of profiles.
+A small scanner over text that tomllib has accepted. It must not judge the text, and knows no file of anybody's.
 """
 
 import re
