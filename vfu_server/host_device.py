@@ -95,12 +95,15 @@ class HostEvent:
 
 @dataclass(frozen=True, slots=True)
 class HostStatistics:
-    """Numbers for operators: maps and bytes mapped now, requests made, errors answered by the device's side."""
+    """Numbers for operators: maps and bytes mapped now, requests made, errors answered by the device's side, and calls
+    of the kernel that took long (`host/in_kernel.py`).
+    """
 
     dma_maps: int = 0
     dma_bytes: int = 0
     requests: int = 0
     errors: int = 0
+    slow_calls: int = 0
     extra: dict[str, int] = field(default_factory=dict)
 
 

@@ -58,10 +58,12 @@ def fields(report: DeviceReport) -> dict[str, object]:
         "dma_relays": found.relays,
         "door_requests": found.host.requests,
         "door_errors": found.host.errors,
+        "kernel_slow_calls": found.host.slow_calls,
         "arcs": _arcs(found),
         "bytes_saved": found.bytes_saved,
         "bytes_loaded": found.bytes_loaded,
         "resets": found.resets,
+        "plugin_overruns": found.overruns,
         "plugin": Told(found.plugin),
     }
     if found.trace is not None:

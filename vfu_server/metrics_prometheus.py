@@ -75,6 +75,7 @@ SERIES: tuple[Series, ...] = (
     Series("dma_relays_total", (), "DMA of the device that went to the client by message", _one(lambda f: f.relays)),
     Series("door_requests_total", (), "requests to the device's side", _one(lambda found: found.host.requests)),
     Series("door_errors_total", (), "requests that the device's side refused", _one(lambda found: found.host.errors)),
+    Series("kernel_slow_calls_total", (), "calls of the kernel that took seconds", _one(lambda f: f.host.slow_calls)),
     Series("migration_arcs_total", ("source", "target", "result"), "arcs of the migration state machine", _arcs),
     Series(
         "migration_arc_seconds_total",
@@ -95,6 +96,7 @@ SERIES: tuple[Series, ...] = (
         lambda found: [(("saved",), found.bytes_saved), (("loaded",), found.bytes_loaded)],
     ),
     Series("resets_total", (), "resets of the device", _one(lambda found: found.resets)),
+    Series("plugin_overruns_total", (), "coroutines of the plugin that did not end", _one(lambda f: f.overruns)),
     Series("trace_accesses_total", ("result",), "accesses for --trace-regions: written, or lost", _trace),
     Series(
         "plugin_statistic",

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL = 1e-4
 """Seconds after which a busy Python thread lets a waiting one run: what a TRAP waits at worst (5 ms by default)."""
 
+FORCE_AFTER = CLOSE_DEADLINE + 2.0
+"""Seconds after the signal at which the process ends, whoever is still waited for."""
+STUCK_AFTER = FORCE_AFTER + 2.0
+"""The same if not even the event loop goes on."""
+
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TELL_SIGNAL = signal.SIGUSR1
 
@@ -171,12 +176,24 @@ class _Process:
             self._stop_all()
 
     def _stop_all(self) -> None:
-        """Begin the end. If the event loop itself is stuck, a thread of C ends the process and says where it was."""
+        """Begin the end. A call of the kernel, or a plugin that shields its wait, cannot be interrupted: that holds it
+        up for FORCE_AFTER at most. If the event loop itself is stuck, a thread of C ends the process and says where.
+        """
         self._ending = True
         self._notifier.stopping()
-        faulthandler.dump_traceback_later(CLOSE_DEADLINE + 2.0, exit=True)
+        faulthandler.dump_traceback_later(STUCK_AFTER, exit=True)
+        trio.lowlevel.spawn_system_task(self._end_by_force)  # the last to be waited for, and by nobody
         for device in self._devices:
             device.stop()
+
+    async def _end_by_force(self) -> None:
+        await trio.sleep(FORCE_AFTER)
+        left = [device.config.name for device in self._devices if not device.over]
+        text = "%s: not at rest after %g s, by something that cannot be interrupted: ending by force"
+        logger.error(text, ", ".join(left), FORCE_AFTER)
+        for device in self._devices:
+            device.abandon()
+        os._exit(ExitCode.FORCED)
 
     def outcome(self) -> ExitCode:
         """What the process ends with. Raises what kept a device from being opened."""

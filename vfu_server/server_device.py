@@ -65,6 +65,8 @@ class ServedDevice:
         self._trace: TraceFile | None = None
         self._statistics: SessionStatistics | None = None
         """The last ones, when the session is over."""
+        self.over = False
+        """Its task has ended."""
         self._serving = trio.CancelScope()
         self._close_by = float("inf")
         self._model: server_model.ModelProcess | None = None
@@ -105,6 +107,7 @@ class ServedDevice:
         finally:
             self.listener.close()
             self.opened.set()
+            self.over = True
 
     def _keep(self, error: Exception) -> None:
         self.failure = error

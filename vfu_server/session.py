@@ -105,6 +105,8 @@ class Session:
         self._memory = ClientMemory(name, host, self._context, self._peers, p2p=p2p)
         self._dirty = DirtyLog(host, options.dirty_tracking, self._memory, device.dirty_log)
         self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
+        self._tasks: trio.Nursery | None = None
+        """For what the plugin does beside a client, and may not end with it."""
         self._idle = trio.Event()
         self._idle.set()
         self._revocation = revocation
@@ -134,6 +136,7 @@ class Session:
             bytes_saved=counts.bytes_saved,
             bytes_loaded=counts.bytes_loaded,
             resets=counts.resets,
+            overruns=self._save.task.overruns + self._load.task.overruns,
             relays=self._relays,
             host=self._host.statistics(),
             plugin=self._plugin_statistics(),
@@ -160,6 +163,7 @@ class Session:
         if refusal := self._machine.refusal(self._name) if can.migratable else can.reason:
             log.warning("this device is presented but cannot be migrated: %s", refusal)
         async with trio.open_nursery() as nursery:
+            self._tasks = nursery
             nursery.start_soon(self._watch_host)
             await self._dirty.find_source()
             with contextlib.suppress(trio.EndOfChannel):
@@ -201,8 +205,8 @@ class Session:
         try:
             self._context.attach(sock_fd)
             async with trio.open_nursery() as nursery:
-                self._save.attach(nursery)
-                self._load.attach(nursery)
+                self._save.attach(self._tasks)
+                self._load.attach(self._tasks)
                 await self._pump_events(nursery)
                 nursery.cancel_scope.cancel()
         except OSError as error:  # of `attach`: this client cannot be served, the device is none the worse for it

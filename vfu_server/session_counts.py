@@ -33,8 +33,9 @@ class ArcTimes:
 class SessionStatistics:
     """Everything that is counted of a device, since it is served.
 
-    `mistakes`: the client's, by kind. `bytes_saved` and `bytes_loaded` are of data sessions that are over. `relays` are
-    DMA messages of the device's server to the client. `plugin` is of the plugin's choice. `trace`: None without one.
+    `mistakes`: the client's, by kind. `bytes_saved` and `bytes_loaded` are of data sessions that are over. `overruns`
+    are coroutines of the plugin that did not end when they were cancelled. `relays` are DMA messages of the device's
+    server to the client. `plugin` is of the plugin's choice. `trace`: None without one.
     """
 
     context: ContextStatistics
@@ -45,6 +46,7 @@ class SessionStatistics:
     bytes_saved: int
     bytes_loaded: int
     resets: int
+    overruns: int
     relays: int
     host: HostStatistics
     plugin: Mapping[str, int]

@@ -13,6 +13,7 @@ from vfu_server.errors import DeadlineError, MigrationError, PluginError, Stream
 from vfu_server.host_device import HostDevice
 from vfu_server.libvfio_user.ring import Ring
 from vfu_server.session_intake import Intake
+from vfu_server.session_task import PluginTask
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +32,16 @@ class Load:
         self._ring = ring
         self._plugin_name = plugin_name
         self._nursery: trio.Nursery | None = None
-        self._scope: trio.CancelScope | None = None
-        self._ended = trio.Event()
+        self.task = PluginTask("load")
         self._intake: Intake | None = None
         """What has come in whole; None before the stream's end."""
         self._error: VfuServerError | None = None
 
     def attach(self, nursery: trio.Nursery | None) -> None:
-        """Tasks begin in `nursery` from now on: that of the present client, None without one."""
+        """Tasks begin in `nursery` from now on, which outlives a client; None without one: what runs shall end."""
         self._nursery = nursery
+        if nursery is None:
+            self.task.cancel()
 
     async def open(self) -> None:
         """Begin to take a stream."""
@@ -48,8 +50,7 @@ class Load:
         await self._device.load_begin()
         self._intake = self._error = None
         self._ring.open_load(judged=True)
-        self._scope, self._ended = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(self._run, self._scope, self._ended)
+        self.task.begin(self._nursery, self._run)
 
     async def finish(self) -> None:
         """The client says that this was all: check that it was, and write the state to the device.
@@ -57,10 +58,10 @@ class Load:
         Raises what was wrong with the stream (also when it was found long before), StreamMismatchError or RestoreError.
         That is the answer from then on: the state can only be given up by a reset.
         """
-        if self._scope is None:
+        if not self.task.begun:
             raise MigrationError("no state is being loaded")
         self._ring.finish()
-        await self._ended.wait()
+        await self.task.wait()
         if self._error is None:
             await self._conclude()
         if self._error is not None:
@@ -68,13 +69,12 @@ class Load:
         await self.close()
 
     async def close(self) -> None:
-        """End the session; harmless if none is open."""
-        if self._scope is not None:
-            self._scope.cancel()
-            with trio.CancelScope(shield=True):
-                await self._ended.wait()
-            self._scope = None
-            self._ring.close()
+        """End the session; harmless if none is open. StateLostError: the plugin's load goes on all the same."""
+        if self.task.begun:
+            try:
+                await self.task.end()
+            finally:
+                self._ring.close()
 
     async def _conclude(self) -> None:
         """All has come in: write it. Once only, since nobody knows what a write that failed has left."""
@@ -94,17 +94,14 @@ class Load:
         else:
             log.info("state written to the device in %.1f ms", (trio.current_time() - began) * 1e3)
 
-    async def _run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
+    async def _run(self) -> None:
         try:
-            with scope:
-                await self._load()
+            await self._load()
         except VfuServerError as error:
             self._refuse(error)
         except Exception as error:
             self._fail(PluginError(f"the plugin could not take the state: {error!r}"))
             log.exception("loading the device's state failed in the plugin")
-        finally:
-            ended.set()
 
     def _refuse(self, error: VfuServerError) -> None:
         self._fail(error)  # first: whoever reads the log finds the client's next write refused

@@ -195,9 +195,12 @@ class Migration:
     async def _reset(self) -> None:
         self.counts.data_over(data_session(self.state), self._context.ring.total)
         with trio.CancelScope(shield=True):
-            with contextlib.suppress(StateLostError):
-                await self._save.close()
-            await self._load.close()
+            for session in (self._save, self._load):
+                with contextlib.suppress(StateLostError):
+                    await session.close()
+        if stuck := self._save.task.stuck or self._load.task.stuck:  # a reset beside it would be as good as none
+            await self.fail()
+            raise DeadlineError(stuck)
         self._drop_kept_writes()
         try:
             with trio.fail_after(RESET_DEADLINE):

@@ -19,6 +19,7 @@ from vfu_server.libvfio_user.native import crc32c
 from vfu_server.libvfio_user.ring import Ring
 from vfu_server.session_config import save_config
 from vfu_server.session_revoke import Revocation
+from vfu_server.session_task import PluginTask
 from vfu_server.stream import Origin, ReadableBuffer, StreamHeader, StreamWriter
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,15 @@ class Save:
         self._sections = 0
         """How many the plugin has given or begun to give."""
         self._failure: VfuServerError | None = None
-        self._scope: trio.CancelScope | None = None
-        self._ended = trio.Event()
+        self._untold = False
+        """The plugin was told of a begin and of no end yet."""
+        self.task = PluginTask("save")
 
     def attach(self, nursery: trio.Nursery | None) -> None:
-        """Tasks begin in `nursery` from now on: that of the present client, None without one."""
+        """Tasks begin in `nursery` from now on, which outlives a client; None without one: what runs shall end."""
         self._nursery = nursery
+        if nursery is None:
+            self.task.cancel()
 
     async def open(self, *, pre_copy: bool) -> None:
         """Open the session. Raises PluginError if the plugin's names do not fit into a stream."""
@@ -79,7 +83,7 @@ class Save:
         writer = StreamWriter(StreamHeader(name, version, self._device.identity, self._host.identity()), crc32c)
         header = writer.begin()
         await self._device.save_begin()
-        self._writer = writer
+        self._writer, self._untold = writer, True
         try:
             self._backlog.clear()
             self._initial_end = self._failure = None
@@ -92,7 +96,7 @@ class Save:
 
     async def begin_pre_copy(self) -> None:
         """Let the plugin give what it can while the device runs."""
-        await self._end()
+        await self.task.end()
         self._ring.more_to_come()
         self._begin(self._pre_copy, SavePhase.PRE_COPY)
 
@@ -102,7 +106,7 @@ class Save:
         What it has given can still be fetched. Raises MigrationError if it had failed: the device need not be stopped
         for a stream that is lost.
         """
-        await self._end()
+        await self.task.end()
         self._ring.nothing_for_now()
         if self._failure is not None:
             raise MigrationError(f"the pre-copy has failed: {self._failure}", self._failure.errno)
@@ -111,17 +115,24 @@ class Save:
 
     async def begin_stop_copy(self) -> None:
         """The device is stopped: give the rest."""
-        await self._end()
+        await self.task.end()
         self._ring.more_to_come()
         self._begin(self._stop_copy, SavePhase.STOP_COPY)
 
     async def close(self) -> None:
-        """End the session. What the client did not fetch is dropped; harmless if none is open."""
-        await self._end()
-        if self._writer is not None:
-            self._writer = None
-            self._backlog.clear()
-            self._ring.close()
+        """End the session. What the client did not fetch is dropped; harmless if none is open.
+
+        StateLostError: the plugin's save goes on all the same; it is told of the end when it has ended.
+        """
+        try:
+            await self.task.end()
+        finally:
+            if self._writer is not None:
+                self._writer = None
+                self._backlog.clear()
+                self._ring.close()
+        if self._untold:
+            self._untold = False
             await self._tell_end()
 
     @property
@@ -153,31 +164,17 @@ class Save:
         return self._ring.total + sum(len(buffer) for buffer in self._backlog)
 
     def _begin(self, work: Callable[[], Awaitable[None]], phase: SavePhase) -> None:
-        nursery = self._open_nursery()
-        self._scope, self._ended = trio.CancelScope(), trio.Event()
-        nursery.start_soon(self._run, work, phase, self._scope, self._ended)
+        self.task.begin(self._open_nursery(), partial(self._run, work, phase))
 
-    async def _end(self) -> None:
-        if self._scope is not None:
-            self._scope.cancel()
-            with trio.CancelScope(shield=True):
-                await self._ended.wait()
-            self._scope = None
-
-    async def _run(
-        self, work: Callable[[], Awaitable[None]], phase: SavePhase, scope: trio.CancelScope, ended: trio.Event
-    ) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]], phase: SavePhase) -> None:
         try:
-            with scope:
-                await work()
+            await work()
         except VfuServerError as error:
             log.error("saving the device's state (%s) failed: %s", phase.value, error)
             self._fail(error)
         except Exception as error:
             log.exception("saving the device's state (%s) failed in the plugin", phase.value)
             self._fail(PluginError(repr(error)))
-        finally:
-            ended.set()
 
     def _fail(self, error: VfuServerError) -> None:
         self._failure = error

@@ -51,8 +51,9 @@ EVERYTHING = SessionStatistics(
     bytes_saved=100,
     bytes_loaded=200,
     resets=3,
+    overruns=2,
     relays=4,
-    host=HostStatistics(1, 4096, 50, 6),
+    host=HostStatistics(1, 4096, 50, 6, 1),
     plugin={"drains": 7},
     trace=TraceNumbers(8, 9, 320, 0),
 )

@@ -22,7 +22,7 @@ EDU = ("--plugin", "generic_dmaq", "--model", "edu")
 
 # A plugin that changes one thing about generic_dmaq's device, for the time of a test.
 CHANGED = """
-import time, trio
+import threading, trio
 from plugins.generic_dmaq.probe import probe
 from vfu_server.device import Capabilities
 from vfu_server.errors import HostError
@@ -36,7 +36,14 @@ async def for_ever(self):
 
 async def stuck(self):
     print("the device is stuck", flush=True)
-    time.sleep(60)
+    threading.Event().wait()
+
+async def in_a_thread(self):
+    await trio.to_thread.run_sync(threading.Event().wait)
+
+async def shielded(self):
+    with trio.CancelScope(shield=True):
+        await trio.sleep_forever()
 
 async def refuses(self):
     raise HostError("no reset")
@@ -265,6 +272,9 @@ def test_second_signal_ends_at_once(folder) -> None:
     [
         ('{"aclose": for_ever}', 1, 9.0, "closing the plugin's device was cut short"),
         ('{"aclose": stuck}', 1, 9.0, "in stuck"),
+        ('{"aclose": in_a_thread}', 1, 9.0, "not at rest after 5 s, by something that cannot be interrupted"),
+        ('{"reset": in_a_thread}', 1, 9.0, "not at rest after 5 s, by something that cannot be interrupted"),
+        ('{"reset": shielded}', 1, 9.0, "not at rest after 5 s, by something that cannot be interrupted"),
         ('{"reset": for_ever}', 1, 9.0, "could not be brought back after its last client: it took longer than 3 s"),
     ],
 )

@@ -24,6 +24,7 @@ from vfu_server.host.attachment import Attachment
 from vfu_server.host.cdev import CdevAttachment
 from vfu_server.host.checks import Status, Way
 from vfu_server.host.group import GroupAttachment
+from vfu_server.host.in_kernel import InKernel
 from vfu_server.host.ioctl import Kernel
 from vfu_server.host.kernel_dirty import LOGGING, IommuLog
 from vfu_server.host.kernel_feature import device_feature, merge_dirty
@@ -149,7 +150,8 @@ class KernelHost:
         self.irqs: Sequence[IrqInfo] = info.irqs
         self._iommu_log: IommuLog | None = None
         by_function = info.can_reset or (bool(function.mdev_type) and resets_unannounced(kernel.ioctl, attachment))
-        self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, by_function=by_function)
+        self._in_kernel = InKernel(self.name)
+        self._ladder = Ladder(kernel.ioctl, self.name, attachment, _open_here, self._in_kernel, by_function=by_function)
         self.can_reset = self._ladder.exists()
         self._irqs = KernelIrqs(kernel.ioctl, attachment.device_fd, info.irqs)
         try:
@@ -254,7 +256,7 @@ class KernelHost:
         """See HostDevice. Masking and firing are made at once, since a client without KVM does it at each interrupt."""
         async with self._irq_lock:
             if flags & uapi.IRQ_SET_DATA_TYPE_MASK == uapi.IRQ_SET_DATA_EVENTFD or not count:
-                await self._in_thread(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds))
+                await self._in_thread(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds), "interrupts")
             else:
                 self._call(lambda: self._irqs.set_irqs(index, flags, start, count, data, fds))
 
@@ -293,7 +295,7 @@ class KernelHost:
     async def dma_map(self, dma_map: DmaMap) -> None:
         """See HostDevice. Memory without fd is written down and stays out of the device's reach."""
         try:
-            await self._in_thread(lambda: self._door.dma_map(dma_map))
+            await self._in_thread(lambda: self._door.dma_map(dma_map), "DMA map")
         except HostError as error:
             if error.errno == errno.ENOMEM:
                 error.add_note("guest memory is locked: see RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in the unit)")
@@ -303,19 +305,19 @@ class KernelHost:
 
     async def dma_unmap(self, iova: int, size: int) -> None:
         """See HostDevice."""
-        await self._in_thread(lambda: self._door.dma_unmap(iova, size))
+        await self._in_thread(lambda: self._door.dma_unmap(iova, size), "DMA unmap")
 
     async def dma_unmap_all(self) -> None:
         """See HostDevice."""
         try:
-            await self._in_thread(self._door.dma_unmap_all)
+            await self._in_thread(self._door.dma_unmap_all, "DMA unmap")
         except DeviceGoneError:
             return
 
     async def is_peer(self, fd: int) -> bool:
         """See HostDevice. Asked of the file itself: a name under /dev says nothing."""
         try:
-            await self._in_thread(lambda: kernel_calls.device_info(self._kernel.ioctl, fd))
+            await self._in_thread(lambda: kernel_calls.device_info(self._kernel.ioctl, fd), "device info")
         except HostError:
             return False
         return True
@@ -340,23 +342,28 @@ class KernelHost:
         """
         if self._iommu_log is not None and flags & uapi.FEATURE_ID_MASK in LOGGING:
             of_iommu = self._iommu_log
-            return await self._in_thread(lambda: of_iommu.feature(flags, data, reply_size))
+            return await self._in_thread(lambda: of_iommu.feature(flags, data, reply_size), "dirty bits")
         device = self._attachment.device_fd
-        return await self._in_thread(lambda: device_feature(self._kernel.ioctl, device, flags, data, reply_size))
+        return await self._in_thread(
+            lambda: device_feature(self._kernel.ioctl, device, flags, data, reply_size), "feature"
+        )
 
     async def merge_dirty(self, iova: int, length: int, page_size: int, bits: memoryview) -> None:
         """See DirtyDoor."""
         if self._iommu_log is not None:
             of_iommu = self._iommu_log
-            await self._in_thread(lambda: of_iommu.merge(iova, length, page_size, bits))
+            await self._in_thread(lambda: of_iommu.merge(iova, length, page_size, bits), "dirty bits")
             return
         device = self._attachment.device_fd
-        await self._in_thread(lambda: merge_dirty(self._kernel.ioctl, device, iova, length, page_size, bits))
+        await self._in_thread(
+            lambda: merge_dirty(self._kernel.ioctl, device, iova, length, page_size, bits), "dirty bits"
+        )
 
     def statistics(self) -> HostStatistics:
         """See HostDevice."""
         numbers = self._door.numbers()
-        return HostStatistics(numbers.dma_maps, numbers.dma_bytes, numbers.requests, numbers.errors)
+        slow = self._in_kernel.slow
+        return HostStatistics(numbers.dma_maps, numbers.dma_bytes, numbers.requests, numbers.errors, slow)
 
     async def aclose(self) -> None:
         """See HostDevice. The kernel stops, resets and releases the function when its last fd is closed; a client that
@@ -371,7 +378,7 @@ class KernelHost:
                 with trio.move_on_after(SETTLE_DEADLINE):
                     await self._states.settled()
             async with self._irq_lock:
-                await trio.to_thread.run_sync(self._close)
+                await self._in_kernel.run(self._close, "closing it")
 
     def _close(self) -> None:
         with suppress(OSError):  # no DMA while its memory goes away: a fault in the IOMMU helps nobody
@@ -396,8 +403,8 @@ class KernelHost:
         except OSError as error:
             raise self._error(error) from error
 
-    async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(self._call, function)
+    async def _in_thread(self, function: Callable[[], T], what: str) -> T:
+        return await self._in_kernel.run(lambda: self._call(function), what)
 
     def _error(self, error: OSError) -> HostError:
         if self._door.gone:

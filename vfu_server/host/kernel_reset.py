@@ -12,6 +12,7 @@ import trio
 from vfu_server.errors import HostError
 from vfu_server.host import ioctl as kernel_calls
 from vfu_server.host.attachment import Attachment
+from vfu_server.host.in_kernel import InKernel
 from vfu_server.host.ioctl import HotReset, Ioctl
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,16 @@ class Ladder:
     """The resets of one function, best first. `open_here`: BDFs that this process has open."""
 
     def __init__(
-        self, ioctl: Ioctl, bdf: str, attachment: Attachment, open_here: AbstractSet[str], *, by_function: bool
+        self,
+        ioctl: Ioctl,
+        bdf: str,
+        attachment: Attachment,
+        open_here: AbstractSet[str],
+        in_kernel: InKernel,
+        *,
+        by_function: bool,
     ) -> None:
+        self._in_kernel = in_kernel
         self._ioctl = ioctl
         self._bdf = bdf
         self._attachment = attachment
@@ -66,7 +75,7 @@ class Ladder:
                 failed = f"DEVICE_RESET: {error.strerror}"
                 log.warning("%s: %s", self._bdf, failed)
         try:
-            await trio.to_thread.run_sync(self._hot_reset)
+            await self._in_kernel.run(self._hot_reset, "PCI_HOT_RESET")
             return "PCI_HOT_RESET"
         except OSError as error:
             text = f"{self._bdf} cannot be reset: {failed}; hot reset: {error.strerror}"
@@ -75,7 +84,9 @@ class Ladder:
     async def _function_reset(self) -> None:
         for left in reversed(range(TRIES)):
             try:
-                await trio.to_thread.run_sync(kernel_calls.device_reset, self._ioctl, self._attachment.device_fd)
+                await self._in_kernel.run(
+                    lambda: kernel_calls.device_reset(self._ioctl, self._attachment.device_fd), "DEVICE_RESET"
+                )
                 return
             except OSError as error:
                 if error.errno != errno.EAGAIN or not left:

@@ -86,6 +86,15 @@ class Overrun:
 
 
 @dataclass(frozen=True, slots=True)
+class Stuck:
+    """The call does not come back and cannot be cancelled, as one that waits for the kernel in a thread; when
+    `released` comes back it goes on as usual.
+    """
+
+    released: Callable[[], Awaitable[None]] = field(default=trio.sleep_forever)
+
+
+@dataclass(frozen=True, slots=True)
 class Oversize:
     """A save's section (`send` only) grows beyond what the stream allows."""
 
@@ -97,7 +106,7 @@ class Meanwhile:
     action: Callable[[], None]
 
 
-Failure = Raise | Hang | Overrun | Oversize | Meanwhile
+Failure = Raise | Hang | Overrun | Stuck | Oversize | Meanwhile
 
 
 class FailingDevice(Device):
@@ -117,7 +126,7 @@ class FailingDevice(Device):
         """Let the `nth` call of `method` from now on fail. ValueError for what cannot be."""
         if method not in METHODS:
             raise ValueError(f"a device has no method {method!r} to spoil")
-        if isinstance(failure, Hang | Overrun) and method not in COROUTINES:
+        if isinstance(failure, Hang | Overrun | Stuck) and method not in COROUTINES:
             raise ValueError(f"{method} is no coroutine: it cannot wait")
         if isinstance(failure, Oversize) and method != "send":
             raise ValueError("only a section (send) can be too large")
@@ -159,6 +168,9 @@ class FailingDevice(Device):
                     await pause()
             case Overrun(seconds, pause):
                 await _overrun(seconds, pause)
+            case Stuck(released):
+                with trio.CancelScope(shield=True):
+                    await released()
             case Meanwhile(action):
                 action()
         return isinstance(failure, Oversize)
