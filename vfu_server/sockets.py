@@ -134,7 +134,10 @@ def _group_id(group: str) -> int | None:
 
 @contextlib.contextmanager
 def _locked(directory: int, target: Path) -> Iterator[None]:
-    """Two servers that start at once must not both find the same socket stale. The lock ends with the fd."""
+    """Two servers that start at once must not both find the same socket stale. The lock ends with the fd.
+
+    It is looked for again and again: a flock that waits has no deadline, and nothing tells when one is given up.
+    """
     deadline = time.monotonic() + _LOCK_DEADLINE
     while True:
         try:

@@ -79,6 +79,21 @@ def test_killed_run_is_made_good(how: str) -> None:
     assert output == "filling\nsecond\n"
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next_start_whatever_it_makes(own_cache: Path) -> None:
+    """As after a change of the patches: that entry is never asked for again."""
+    cache.entry("kind", "other", lambda folder: None)
+    victim = filler("aside", "first")
+    assert victim.stdout is not None
+    assert victim.stdout.readline() == "filling\n"
+    assert (own_cache / "kind" / ".key.partial" / "content").is_file()
+    cache.entry("kind", "other", lambda folder: None)
+    assert (own_cache / "kind" / ".key.partial" / "content").is_file(), "somebody is at it"
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    cache.entry("kind", "other", lambda folder: None)
+    assert not (own_cache / "kind" / ".key.partial").exists()
+
+
 def test_second_run_waits_and_takes_what_the_first_made() -> None:
     first = filler("aside", "first")
     assert first.stdout is not None

@@ -39,7 +39,11 @@ T = TypeVar("T")
 Relay = Callable[[Command, bytes], Awaitable[bytes]]
 
 HANDSHAKE_TIMEOUT = 3.0
-RESET_TIMEOUT = 4.0
+RESET_TIMEOUT = 2.5
+FEATURE_TIMEOUT = 3.5
+"""Seconds for an answer: less than the session has for a reset, and for a change of state or a section. A thread waits,
+which no deadline of theirs can end, and whoever waits is to be told what did not come.
+"""
 CAPABILITIES = {
     "capabilities": {
         "max_msg_fds": 8,
@@ -174,7 +178,7 @@ class VfioUserHost:
         header = uapi.DEVICE_FEATURE
         argsz = header.size + max(len(data), reply_size)
         reply = await self._request(
-            Command.DEVICE_FEATURE, header.pack(argsz, flags) + data, room=argsz, timeout=RESET_TIMEOUT
+            Command.DEVICE_FEATURE, header.pack(argsz, flags) + data, room=argsz, timeout=FEATURE_TIMEOUT
         )
         return reply[header.size :]
 
@@ -185,7 +189,7 @@ class VfioUserHost:
             Command.MIG_DATA_READ,
             header.pack(header.size + size, size),
             room=header.size + size,
-            timeout=RESET_TIMEOUT,
+            timeout=FEATURE_TIMEOUT,
         )
         got = int(header.unpack_from(reply)[1])
         return reply[header.size : header.size + got]
@@ -194,7 +198,7 @@ class VfioUserHost:
         """MIG_DATA_WRITE: all of `data`, or an error."""
         header = uapi.MIG_DATA
         await self._request(
-            Command.MIG_DATA_WRITE, header.pack(header.size + len(data), len(data)) + data, timeout=RESET_TIMEOUT
+            Command.MIG_DATA_WRITE, header.pack(header.size + len(data), len(data)) + data, timeout=FEATURE_TIMEOUT
         )
 
     def scratch(self, size: int, limit: int = 1 << 64) -> AbstractAsyncContextManager[Scratch | None]:

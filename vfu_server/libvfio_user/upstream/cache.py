@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DONE = ".complete"
+PARTIAL = ".partial"
 
 
 def cache_root() -> Path:
@@ -34,18 +35,20 @@ def entry(kind: str, key: str, fill: Callable[[Path], None], *, in_place: bool =
     """The folder `kind/key`, made by `fill(folder)` unless it is there already.
 
     One process fills while others wait for it. What `fill` makes is on disk before the entry appears under its name;
-    what an interrupted run left behind is removed. `in_place` is for content that knows its own path (a virtual
-    environment): it is filled under its final name and counts once its mark is written. Raises what `fill` raises.
+    what interrupted runs left behind is removed, whatever they were making of that kind. `in_place` is for content that
+    knows its own path (a virtual environment): it is filled under its final name and counts once its mark is written.
+    Raises what `fill` raises.
     """
+    home = cache_root() / kind
+    _sweep(home)
     if found := find(kind, key):
         return found
-    home = cache_root() / kind
     home.mkdir(parents=True, exist_ok=True)
     target = home / key
     with locked(home / f".{key}.lock", f"{kind} {key}"):
         if found := find(kind, key):
             return found
-        work = target if in_place else home / f".{key}.partial"
+        work = target if in_place else home / f".{key}{PARTIAL}"
         for leftover in (target, work):
             _remove(leftover)
         work.mkdir()
@@ -79,6 +82,17 @@ def locked(lock: Path, what: str) -> Iterator[None]:
             print(f"waiting for another run that is making {what}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _sweep(home: Path) -> None:
+    """Remove what nobody is filling any more: an entry of yesterday's patches is not asked for again."""
+    for work in home.glob(f".*{PARTIAL}"):
+        with open(work.with_name(work.name.removesuffix(PARTIAL) + ".lock"), "a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            _remove(work)
 
 
 def _write_mark(folder: Path) -> None:
