@@ -3,9 +3,9 @@
 Time goes at its usual pace but where a fault makes a plugin wait: there it is as fast as the loop, so that a deadline
 of seconds passes in milliseconds while nothing that really works is hurried.
 
-An engine of its own beside the conformance suite's (`vfu_server.testing`): here the inside of a synthetic device is judged,
-in a time that jumps, while the suite has any plugin before it, of which messages alone tell; what both can share, the
-failing device, is the kit's.
+An engine of its own beside the conformance suite's (`vfu_server.testing`): here the inside of a synthetic device is
+judged, in a time that jumps, while the suite has any plugin before it, of which messages alone tell; what both can
+share, the failing device, is the kit's.
 """
 
 import contextlib
