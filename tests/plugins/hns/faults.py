@@ -60,7 +60,7 @@ class FailingDoor:
             return found
 
         def call(*arguments: object) -> Any:
-            shown = ", ".join(f"{a:#x}" if isinstance(a, int) else "..." for a in arguments)
+            shown = ", ".join(a.hex() if isinstance(a, bytes) else f"{a:#x}" for a in arguments)
             self._orders.called(f"{name}({shown})")
             return found(*arguments)
 
@@ -71,11 +71,12 @@ class FailingDoor:
 
 
 class Side(TrioThread):
-    """One VF with its PF, served to one client after another."""
+    """One VF with its PF, served to one client after another, with the plugin's `options`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, **options: str) -> None:
         super().__init__("side")
         self.path = path
+        self._options = {name.replace("_", "-"): value for name, value in options.items()}
         self.orders = Orders()
         self.device: HnsDevice
         self.start()
@@ -90,7 +91,7 @@ class Side(TrioThread):
         async with trio.open_nursery() as nursery:
             await nursery.start(doors.run)
             host = await self._open(source, config)
-            device = probe(host, {})
+            device = probe(host, self._options)
             assert isinstance(device, HnsDevice)
             self.device = device
             try:

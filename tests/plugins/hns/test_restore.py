@@ -13,7 +13,7 @@ from plugins.hns.mailbox import Mailbox
 from plugins.hns.registers import CONTEXT_WORDS, VF, ZIP
 from plugins.hns.window import Window
 from tests.end_to_end.streams import Parts
-from tests.golden.of_hns import GOLDEN, HnsPlace
+from tests.golden.of_hns import GET, GOLDEN, HnsPlace
 from tests.golden.trial import into, run
 from vfu_server.errors import RestoreError
 
@@ -86,3 +86,26 @@ def test_a_table_that_is_left_out_is_missed(monkeypatch, table):
 
     monkeypatch.setattr(Mailbox, "_do", without)
     assert missed(0)
+
+
+ORDER = (
+    "vf_state",
+    *("aeq_int_mask", "eq_int_mask", "ifc_int_source", "ifc_int_mask", "ifc_int_set", "queue_isolation", "page_size"),
+    *WORDS,
+    *("mailbox0", "mailbox0"),
+    *("ifc_int_source", "ifc_int_mask"),
+)
+"""As the kernel's driver has it: state, masks, rings, both tables by mailbox, then the PF's message is answered."""
+
+
+def test_all_is_written_in_the_kernels_order():
+    match, state = state_of(0)
+    written: list[int] = []
+
+    async def body(place: HnsPlace) -> None:
+        verdict = await into(place, STREAM, stream_of(match, state).data(), random.Random(1))
+        assert (verdict.refused, verdict.wrong) == (None, ())
+        written.extend(at for at, word in place.host.writes if at != VF["mailbox0"].offset or not word & GET)
+
+    run(STREAM, body)
+    assert written[: len(ORDER)] == [VF[name].offset for name in ORDER]
