@@ -8,10 +8,11 @@ import contextlib
 import socket
 import struct
 
-from vfu_server import dma, uapi
+from vfu_server import dma
 from vfu_server.dma import BarPlacement
 from vfu_server.errors import HostError
 from vfu_server.host_device import HostDevice
+from vfu_server.pciconfig import HEADER_SIZE
 from vfu_server.uapi import RegionIndex
 
 _CREDENTIALS = struct.Struct("=iII")
@@ -44,8 +45,9 @@ class Peers:
 
 
 def _placements(name: str, host: HostDevice) -> tuple[BarPlacement, ...]:
-    config = host.read_block(RegionIndex.CONFIG, 0, uapi.PCI_CFG_SPACE_SIZE)
-    return dma.bar_placements(name, config, host.regions)
+    # BARs are in the header; a mediated device need not have all of the 256 bytes behind it (mtty has 255).
+    header = host.read_block(RegionIndex.CONFIG, 0, HEADER_SIZE)
+    return dma.bar_placements(name, header, host.regions)
 
 
 def client_process(sock_fd: int) -> int:

@@ -14,9 +14,12 @@ from tests.data_plane.rig import PAGE, WAYS, memory, rig, until
 from tests.data_plane.sources import pages_in
 from tests.host.fake_function import FakeFunction, fail
 from tests.host.fake_kernel import File
+from vfu_server.errors import HostError
+from vfu_server.regmap import Block
 from vfu_server.session import SessionOptions
 from vfu_server.session_peers import Peers
 from vfu_server.testing import ReplyError
+from vfu_server.testing.fake_host import FakeHost
 from vfu_server.uapi import PCI_BASE_ADDRESS_0, PCI_COMMAND, PCI_COMMAND_MEMORY, RegionIndex
 
 IOVA = 0xFD000000
@@ -150,3 +153,19 @@ def test_who_is_a_peer(tmp_path):
         peers.connect("b", hosts[1], 0)
         peers.connect("c", hosts[2], 0)
         assert (seen("b", 1), seen("c", 2)) == ({"b"}, {"c"})
+
+
+def test_device_with_a_short_config_space_has_its_bars_found():
+    """mtty has 255 bytes, and the kernel answers a read beyond them with EINVAL."""
+
+    class Short(FakeHost):
+        def read_block(self, region, offset, length):
+            if region == RegionIndex.CONFIG and offset + length > 0xFF:
+                raise HostError("beyond its end", errno.EINVAL)
+            return super().read_block(region, offset, length)
+
+    host = Short({0: Block("bar", PAGE)})
+    host.write(RegionIndex.CONFIG, PCI_BASE_ADDRESS_0, 4, 0xFE000000)
+    peers = Peers()
+    peers.connect("a", host, 100)
+    assert [(bar.owner, bar.start) for bar in peers.bars("a", host)] == [("a", 0xFE000000)]
