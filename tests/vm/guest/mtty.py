@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.server.programs import Server
 from tests.vm.guest import checks, pci
 from tests.vm.guest.checks import equal
+from tests.vm.guest.mtty_ports import IER, SCR, TEXT, clear, create, empty, look, use
 from tests.vm.guest.raw_vfio import CdevDevice, GroupDevice, RawDevice
 from vfu_server.device import Section
 from vfu_server.kernel_migration import SECTION_VERSION, TAG
@@ -32,48 +33,13 @@ DOOR = sys.argv[1]
 pci.DEVICES = Path("/sys/bus/mdev/devices")  # every address here is a mediated device's
 SOURCE, TARGET, PLAIN, SINGLE = (f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{n}" for n in range(4))
 TYPES = {SOURCE: "mtty-2", TARGET: "mtty-2", PLAIN: "mtty-2", SINGLE: "mtty-1"}
-MAKERS = Path("/sys/class/mdev_bus/mtty/mdev_supported_types")
 FEATURE, GET, SET, MIG_DEVICE_STATE, MIGRATION = 0x3B75, 0x10000, 0x20000, 2, 1
 HEADER, PORT = 24, 36
 """Bytes of mtty's state: its header, and each port."""
 MAGIC = 0x7E9D09898C3E2C4E
 ALL_FLAGS = 7
 SECONDS = 120.0
-
-RX, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
-DLAB, FIFO_ON = 0x80, 0x01
-QUIET = (IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR)
-"""Registers whose reads change nothing."""
-TEXT = b"fifteen bytes.."
-"""With a sixteenth, mtty takes its FIFO for empty."""
 LINE = (int(RegionIndex.CONFIG), 0x3C)
-
-
-def use(write: Callable[[int, int, int], None], scratch: int) -> None:
-    """Work that leaves traces in every part of the state: port 0 with a full FIFO, port 1 with its divisor in view."""
-    for offset, value in ((LCR, 0x03), (IIR_FCR, FIFO_ON), (MCR, 0x0B), (SCR, scratch), (IER, 0x0D)):
-        write(0, offset, value)
-    for byte in TEXT:
-        write(0, RX, byte)
-    for offset, value in ((SCR, scratch ^ 0xFF), (MCR, 0x02), (LCR, DLAB | 0x1B), (RX, 0x34), (IER, 0x12)):
-        write(1, offset, value)
-
-
-def clear(write: Callable[[int, int, int], None], ports: int = 2) -> None:
-    """All ports as after a reset, as far as mtty lets registers be written: closing it forgets nothing."""
-    for port in range(ports):
-        for offset, value in ((LCR, DLAB), (LCR, 0), (IER, 0), (MCR, 0), (IIR_FCR, FIFO_ON | 0x06), (SCR, 0)):
-            write(port, offset, value)
-
-
-def look(read: Callable[[int, int], int]) -> list[int]:
-    """What can be seen without changing it: the quiet registers of both ports, and port 1's divisor."""
-    return [read(port, offset) for port in (0, 1) for offset in QUIET] + [read(1, RX), read(1, IER)]
-
-
-def empty(read: Callable[[int, int], int]) -> bytes:
-    """What comes out of port 0's FIFO."""
-    return bytes(read(0, RX) for _ in TEXT)
 
 
 def reader(device: Client | RawDevice) -> Callable[[int, int], int]:
@@ -92,7 +58,7 @@ def writer(device: Client | RawDevice) -> Callable[[int, int, int], None]:
 def make_devices() -> None:
     """One of each, and the way by which they are opened."""
     for uuid, kind in TYPES.items():
-        (MAKERS / kind / "create").write_text(uuid)
+        create(uuid, kind)
     if DOOR == "group":
         Path("/dev/iommu").unlink(missing_ok=True)
 
