@@ -102,7 +102,7 @@ class Session:
         p2p = options.allow_p2p and device.capabilities.p2p
         if options.allow_p2p and not p2p:
             log.warning("--allow-p2p: the plugin does not say that this device can hold its DMA to others back")
-        self._memory = ClientMemory(name, host, self._context, self._peers, p2p=p2p)
+        self._memory = ClientMemory(name, host, self._context, self._peers, p2p=p2p, loading=self._is_loading)
         self._dirty = DirtyLog(host, options.dirty_tracking, self._memory, device.dirty_log)
         self._messages = Messages(host, device, self._migration, self._dirty, self._memory)
         self._tasks: trio.Nursery | None = None
@@ -118,6 +118,9 @@ class Session:
     def mig_state(self) -> MigState:
         """The device's migration state."""
         return self._migration.state
+
+    def _is_loading(self) -> bool:
+        return self._migration.state is MigState.RESUMING
 
     @property
     def refused(self) -> str:

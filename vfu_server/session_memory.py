@@ -34,15 +34,26 @@ Collect = Callable[[Sequence[DmaMap]], Awaitable[None]]
 class ClientMemory:
     """The odd maps of one client. `unreachable` is the guest memory that the hardware can never reach, by iova.
 
-    `p2p`: the operator allows, and the plugin can answer for, DMA to other devices.
+    `p2p`: the operator allows, and the plugin can answer for, DMA to other devices. `loading`: a state is coming in,
+    and with it where the guest has its BARs.
     """
 
-    def __init__(self, name: str, host: HostDevice, context: Context, peers: Peers, *, p2p: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        host: HostDevice,
+        context: Context,
+        peers: Peers,
+        *,
+        p2p: bool = False,
+        loading: Callable[[], bool] = bool,
+    ) -> None:
         self._name = name
         self._host = host
         self._context = context
         self._peers = peers
         self._p2p = p2p
+        self._loading = loading
         self._told: set[str] = set()
         self.unreachable: dict[int, int] = {}
         self._peer_maps: dict[int, int] = {}
@@ -61,6 +72,17 @@ class ClientMemory:
         """Guest memory that touches the range and that the device may write."""
         found = self._host.native.dma_maps(iova, min(size, EVERYTHING))
         return [m for m in found if m.prot & uapi.DMA_FLAG_WRITE and m.iova not in self._peer_maps]
+
+    def out_of_reach(self) -> bool:
+        """There is guest memory that the hardware cannot reach, by where BARs are now."""
+        bars = self._peers.bars(self._name, self._host) if self.unreachable else ()
+        for iova, size in tuple(self.unreachable.items()):
+            decision = dma.decide_map(DmaMap(iova, size, uapi.DMA_FLAG_READ | uapi.DMA_FLAG_WRITE), bars)
+            self._tell_once(decision.kind.value, decision.text)
+            if decision.kind is not MapKind.UNREACHABLE:
+                del self.unreachable[iova]
+        self._route_unmaps()
+        return bool(self.unreachable)
 
     async def forget(self) -> None:
         """The client has gone: unmap everything. HostError if that failed."""
@@ -85,7 +107,8 @@ class ClientMemory:
         device_fd = self._p2p and fd >= 0 and not memory_fd and await self._host.is_peer(fd)
         bars = self._peers.bars(self._name, self._host) if fd < 0 else ()
         decision = dma.decide_map(wanted, bars, memory_fd=memory_fd, p2p=device_fd)
-        if decision.text:
+        # A BAR that the guest has placed at the source is none here yet: `out_of_reach` looks again.
+        if decision.text and not (decision.kind is MapKind.UNREACHABLE and self._loading()):
             self._tell_once(decision.kind.value, decision.text)
         if decision.into_iommu:
             await self._make(wanted, decision.kind)

@@ -22,7 +22,7 @@ from vfu_server.session_dirty import DirtyLog
 from vfu_server.session_memory import ClientMemory
 from vfu_server.session_migration import Migration
 from vfu_server.session_notice import MigrationNotice
-from vfu_server.uapi import Command, Feature, IrqIndex, RegionIndex
+from vfu_server.uapi import Command, Feature, IrqIndex, MigState, RegionIndex
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,10 @@ class Messages:
 
     async def _device_feature(self, message: Message) -> bytes:
         self.notice.feature_asked()
-        # Memory that the hardware cannot reach would not be the same on the other side.
-        flags = 0 if self._memory.unreachable else self._migration.flags
+        # Memory that the hardware cannot reach would not be the same on the other side: no migration begins. One that
+        # has begun goes on, here or at its destination, where the guest's BARs are not known until the state is loaded.
+        begins = self._migration.state is MigState.RUNNING
+        flags = 0 if begins and self._memory.out_of_reach() else self._migration.flags
         request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
         if request.probe:
             return request.reply()

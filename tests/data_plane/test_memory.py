@@ -10,7 +10,9 @@ import pytest
 from tests.data_plane.rig import BDF, OTHER, PAGE, WAYS, memory, rig, until
 from vfu_server import uapi
 from vfu_server.libvfio_user.door import MAX_DMA_MAPS
-from vfu_server.testing import ReplyError
+from vfu_server.testing import ReplyError, save
+from vfu_server.testing.migrate import load
+from vfu_server.uapi import MigState
 
 READ, RW = 1, 3
 WINDOW = 0xFEE00000
@@ -228,6 +230,42 @@ def test_memory_without_a_file_bars_migration_until_it_goes(served, guest, caplo
         client.dma_unmap(0, 4 << 30)
         assert client.migration_flags()
         assert served.space.maps == []
+
+
+def arrive(client, stream, *maps):
+    """As QEMU does at the destination: the state, then maps of BARs that its own copy of config space has, then on."""
+    client.reset()
+    for at, width in ((uapi.PCI_BASE_ADDRESS_0, 4), (uapi.PCI_COMMAND, 2)):
+        client.write(uapi.RegionIndex.CONFIG, at, width, 0)
+    client.set_mig_state(MigState.RESUMING)
+    load(client, stream)
+    for iova, size in maps:
+        client.dma_map(iova, size)
+    client.set_mig_state(MigState.STOP)
+    client.set_mig_state(MigState.RUNNING)
+
+
+def test_our_own_bar_is_known_once_the_state_that_comes_in_has_placed_it(served, caplog):
+    with served.connect() as client:
+        place(client, 0xFE000000)
+        client.set_mig_state(MigState.STOP_COPY)
+        stream = list(save(client))
+        arrive(client, stream, (0xFE001000, PAGE))
+        assert client.migration_flags()
+        assert served.session._memory.unreachable == {}
+        until(lambda: f"BAR0 of {BDF}, accepted and not mapped" in caplog.text)
+        assert "the hardware cannot reach" not in caplog.text
+        arrive(client, stream, (0xFE001000, PAGE), (1 << 30, PAGE))
+        assert client.migration_flags() == 0, "this is memory, wherever BARs are"
+        until(lambda: "the hardware cannot reach" in caplog.text)
+
+
+def test_a_migration_that_has_begun_goes_on_with_memory_without_a_file(served):
+    with served.connect() as client:
+        client.set_mig_state(MigState.STOP_COPY)
+        client.dma_map(1 << 30, PAGE)
+        client.set_mig_state(MigState.RUNNING)
+        assert client.migration_flags() == 0
 
 
 def test_memory_without_a_file_is_remembered_up_to_a_limit(served, caplog):

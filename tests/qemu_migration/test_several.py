@@ -1,4 +1,4 @@
-"""A guest with two devices moves: of one server, and of a server for each; or is refused where devices cannot take it."""
+"""A guest with two devices moves: of one server, of a server for each; or is refused where devices cannot take it."""
 
 import json
 from collections.abc import Iterator
