@@ -31,7 +31,15 @@ test: setup ## everything but virtual machines and what takes minutes: models, p
 test-vm: setup ## virtual machines: kernel VFIO by group and by device node, guests inside (ARGS='-k edu')
 	@tools/system-packages vm
 	@$(PY) tools/vm/kernel.py  # compiled once: minutes
-	@$(PY) -m pytest -m vm $(ARGS) tests/vm
+	@$(PY) -m pytest -m "vm and not qemu" $(ARGS) tests/vm
+
+.PHONY: test-qemu
+test-qemu: setup ## live migration by the QEMU of `make qemu`, beside each other and in virtual machines (ARGS='-k edu')
+	@tools/system-packages vm
+	@tools/system-packages qemu
+	@$(PY) tools/vm/kernel.py  # compiled once: minutes
+	@$(PY) tools/qemu_build.py  # the same
+	@$(PY) -m pytest -m qemu $(ARGS) tests/qemu_migration tests/vm
 
 .PHONY: test-all
 test-all: setup ## all of it: slow tests and virtual machines as well

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.qemu_migration.side import Side
 
-ROUND = re.compile(r"^round (\d+)((?: \w+ \d+)*)\s*$", re.MULTILINE)
+ROUND = re.compile(r"^round (\d+)((?: \w+ \d+)*) *\n", re.MULTILINE)
+"""A whole line: the last one may be on its way."""
 
 
 @dataclass(frozen=True, slots=True)

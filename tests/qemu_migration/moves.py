@@ -33,6 +33,11 @@ def start(source: Side, destination: Side, **more: object) -> None:
 def move(source: Side, destination: Side) -> dict[str, Any]:
     """All of it; query-migrate of the source, once the guest runs at the destination."""
     start(source, destination)
+    return finish(source, destination)
+
+
+def finish(source: Side, destination: Side) -> dict[str, Any]:
+    """The rest of a migration that has begun; query-migrate of the source, once the guest runs at the destination."""
     found = source.monitor.wait_migration()
     assert found["status"] == "completed", (found, source.log, destination.log)
     try:

@@ -34,13 +34,14 @@ class Side:
         server: Server | None,
         device: dict[str, object] | None = None,
         accel: Sequence[str] = ("qtest",),
+        memory: str = MEMORY,
     ) -> None:
         self.server = server
         self.folder = folder
         self._log = folder / "qemu.log"
         pairs = {name: socket.socketpair() for name in ("qtest", "qmp")}
-        argv = [*qemu.argv, "-machine", "q35,memory-backend=ram", "-m", MEMORY, "-nodefaults", "-no-user-config"]
-        argv += ["-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on", "-display", "none"]
+        argv = [*qemu.argv, "-machine", "q35,memory-backend=ram", "-m", memory, "-nodefaults", "-no-user-config"]
+        argv += ["-object", f"memory-backend-memfd,id=ram,size={memory},share=on", "-display", "none"]
         argv += ["-accel", ",".join(accel), "-qtest", "chardev:qtest", "-qtest-log", "none", "-qmp", "chardev:qmp"]
         for name, (_, theirs) in pairs.items():
             argv += ["-chardev", f"socket,id={name},fd={theirs.fileno()}"]

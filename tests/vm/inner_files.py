@@ -18,6 +18,7 @@ from tools.vm.machine import Share
 from tools.vm.selftests import selftests
 
 PROGRAMS = Path(__file__).with_name("inner")
+USED = ("edu", "nvme", "igb", "selftests")
 # Linux's tests that need more than a function.
 NOT_FOR_ALL = ("vfio_pci_driver_test", "vfio_pci_sriov_uapi_test")
 IMAGE = 2 << 20
@@ -27,11 +28,11 @@ PERIODIC = "nohz=off highres=off"
 MEMORY = 1280
 
 
-def inner_files(folder: Path) -> Path:
-    """The inner machine's kernel, and for each program an initial memory file system with the program alone."""
+def inner_files(folder: Path, *names: str) -> Path:
+    """The inner machine's kernel, and for each of the programs an initial memory file system with the program alone."""
     folder.mkdir()
-    for source in PROGRAMS.glob("*_init.c"):
-        name = source.name.removesuffix("_init.c")
+    for name in names:
+        source = PROGRAMS / f"{name}_init.c"
         program = folder / name
         subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
         cpio = Cpio()
@@ -50,7 +51,7 @@ def inner_files(folder: Path) -> Path:
 @contextmanager
 def plugged(home: Path) -> Iterator[Plugged]:
     """One function of each sort that the inner machine is given."""
-    shares = [Share(qemu_root().path, "/qemu"), Share(inner_files(home / "inner"), "/inner")]
+    shares = [Share(qemu_root().path, "/qemu"), Share(inner_files(home / "inner", *USED), "/inner")]
     yield Plugged([edu(), nvme(image(home, IMAGE)), igb()], shares, MEMORY, PERIODIC)
 
 

@@ -4,7 +4,7 @@ Functions are found by their ids; the n-th PF belongs to the n-th VF, since each
 other. Must not know a vendor's registers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.server.programs import Server
@@ -19,8 +19,10 @@ Ids = tuple[int, int]
 class Pairs:
     """The servers, started when they are first wanted: under emulation a start takes seconds."""
 
-    def __init__(self, plugin: str, vf: Ids, pf: Ids, *options: str) -> None:
+    def __init__(self, plugin: str, vf: Ids, pf: Ids, *options: str, arguments: Sequence[str] = ()) -> None:
+        """`options` are the plugin's, `arguments` the server's."""
         self._plugin = plugin
+        self._arguments = arguments
         self._vf, self._pf = vf, pf
         self._options = [word for option in options for word in ("--option", option)]
         self.running: dict[str, Server] = {}
@@ -33,7 +35,9 @@ class Pairs:
             if vf not in self.running:
                 for bdf in (vf, pf):
                     pci.bind(bdf)
-                self.running[vf] = serve(vf, "--option", f"pf={pf}", *self._options, plugin=self._plugin)
+                self.running[vf] = serve(
+                    vf, "--option", f"pf={pf}", *self._options, *self._arguments, plugin=self._plugin
+                )
         return [vf for vf, _ in found]
 
     @contextmanager
