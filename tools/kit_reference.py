@@ -60,7 +60,7 @@ def _module(name: str) -> str:
 def _class(node: ast.ClassDef) -> str:
     bases = ", ".join(ast.unparse(base) for base in node.bases if ast.unparse(base) not in ("ABC", "Protocol"))
     parts = [f"### class `{node.name}`" + (f" ({bases})" if bases else ""), _doc(node)]
-    rows = []
+    rows = [_made(node, member) for member in node.body if getattr(member, "name", "") == "__init__"]
     for member, text in _documented(node.body):
         if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
             kinds = {ast.unparse(each) for each in member.decorator_list}
@@ -70,6 +70,16 @@ def _class(node: ast.ClassDef) -> str:
         elif names := _names(member):
             rows.append(f"- `{names}`" + (f": {_flat(text)}" if text else ""))
     return "\n\n".join([*(part for part in parts if part), *(["\n".join(rows)] if rows else [])])
+
+
+def _made(node: ast.ClassDef, member: ast.stmt) -> str:
+    """How one is made, where the class says so itself."""
+    if not isinstance(member, ast.FunctionDef):
+        return ""
+    said = _doc(member)
+    return f"- `{_signature(member).replace('__init__', node.name).removesuffix(' -> None')}`" + (
+        f": {_flat(said)}" if said else ""
+    )
 
 
 def _documented(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vfu_server import uapi
 from vfu_server.errors import PluginError
 from vfu_server.model import Bar, Interrupts, Model
 from vfu_server.pciconfig import PciConfig
@@ -44,13 +45,17 @@ class RegisterModel(Model):
         config: PciConfig | None = None,
     ) -> None:
         """`blocks` by BAR; a BAR is the next power of two, 4 KiB at least. `config`: a config space of the model's own,
-        with its BARs and capabilities, else one is made with these ids and `msi` vectors.
+        whose BARs, interrupt pin and vectors are the model's then (`intx` and `msi` say nothing); else one is made.
         """
         super().__init__()
         self.blocks = dict(blocks)
         self.bars = {index: Bar(max(4096, 1 << (block.size - 1).bit_length())) for index, block in blocks.items()}
         self.interrupts = Interrupts(intx=intx, msi=msi)
-        self.config = config or self._config(vendor, device, class_code)
+        if config is None:
+            config = self._config(vendor, device, class_code)
+        else:
+            self._take(config)
+        self.config = config
         self._readers: dict[str, Callable[[], int]] = {}
         self._writers: dict[str, Callable[[int], None]] = {}
         self._find_methods()
@@ -65,6 +70,21 @@ class RegisterModel(Model):
         if self.interrupts.msi:
             config.add_msi(MSI_CAPABILITY, self.interrupts.msi)
         return config
+
+    def _take(self, config: PciConfig) -> None:
+        """What `config` declares is the model's; its blocks have to fit."""
+        self.bars = {
+            index: Bar(size, io=bool(config.get(uapi.PCI_BASE_ADDRESS_0 + 4 * index, 4) & 1))
+            for index, size in config.bar_sizes.items()
+        }
+        for index, block in self.blocks.items():
+            if index not in self.bars or block.size > self.bars[index].size:
+                raise PluginError(f"the block {block.name} does not fit into BAR {index} of the config space")
+        self.interrupts = Interrupts(
+            intx=bool(config.interrupt_pin),
+            msi=config.msi.vectors if config.msi else 0,
+            msix=config.msix.vectors if config.msix else 0,
+        )
 
     def _find_methods(self) -> None:
         names: set[str] = set()

@@ -35,7 +35,8 @@ _PM_NO_SOFT_RESET = 0x0008
 
 _CAP_ID_VENDOR = 0x09
 
-_EXP_SIZE = 0x3C
+_EXP_SIZES = {1: 0x14, 2: 0x3C}
+"""Bytes of the capability of an endpoint, by its version (PCI Express 1.1, 7.8; 2.0, 7.8)."""
 _EXP_DEVCAP_FLR = 1 << 28
 _EXP_DEVCAP_ROLE_BASED = 1 << 15
 _EXP_DEVCTL = 8
@@ -196,14 +197,18 @@ class PciConfig:
         self.add_capability(offset, uapi.PCI_CAP_ID_PM, body, bytes(2) + _PM_STATE.to_bytes(2, "little"))
         self._power = offset + 4
 
-    def add_express(self, offset: int, *, flr: bool = True, port_type: int = 0) -> None:
-        """PCI Express, version 2, a link of one lane; `port_type` 0 is an endpoint, 9 one inside the root complex."""
+    def add_express(self, offset: int, *, flr: bool = True, port_type: int = 0, version: int = 2) -> None:
+        """PCI Express, a link of one lane; `port_type` 0 is an endpoint, 9 one inside the root complex. `version` 1 has
+        20 bytes, 2 has 60.
+        """
         devcap = _EXP_DEVCAP_ROLE_BASED | (_EXP_DEVCAP_FLR if flr else 0)
         link = 0 if port_type == 9 else 0x11
-        body = bytearray(_EXP_SIZE - 2)
-        writable = bytearray(_EXP_SIZE - 2)
-        clears = bytearray(_EXP_SIZE - 2)
-        body[0:2] = (2 | port_type << 4).to_bytes(2, "little")
+        if version not in _EXP_SIZES:
+            raise PluginError(f"there is no PCI Express capability of version {version} here")
+        body = bytearray(_EXP_SIZES[version] - 2)
+        writable = bytearray(len(body))
+        clears = bytearray(len(body))
+        body[0:2] = (version | port_type << 4).to_bytes(2, "little")
         body[2:6] = devcap.to_bytes(4, "little")
         body[6:8] = _EXP_DEVCTL_RESET.to_bytes(2, "little")
         body[0xA:0xE] = link.to_bytes(4, "little")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.plugins.bus import FakeBus
 from vfu_server.errors import PluginError
 from vfu_server.model_registers import RegisterModel
+from vfu_server.pciconfig import PciConfig
 from vfu_server.regmap import Access, Array, Block, Register
 
 CHANNEL = [Register("go", 0, 4, Access.WO), Register("count", 4, 4, Access.RW, reset=5)]
@@ -92,6 +93,23 @@ def test_intx_where_messages_are_off():
     bus = FakeBus(toy)
     toy.write(0, 0x18, 4, 1)
     assert bus.level
+
+
+def test_a_config_space_of_the_models_own_says_what_there_is():
+    config = PciConfig(vendor=1, device=2, class_code=0x020000, interrupt_pin=1)
+    config.add_bar(0, 0x2000)
+    config.add_bar(2, 0x20, io=True)
+    config.add_msi(0x40, 2)
+    config.add_express(0x60, version=1)
+    config.add_msix(0x80, 3, table=(0, 0), pba=(0, 0x800))
+    blocks = {0: Block("a", 0x1000, []), 2: Block("b", 0x20, [])}
+    model = RegisterModel(blocks, vendor=1, device=2, config=config)
+    assert {index: (bar.size, bar.io) for index, bar in model.bars.items()} == {0: (0x2000, False), 2: (0x20, True)}
+    assert (model.interrupts.intx, model.interrupts.msi, model.interrupts.msix) == (True, 2, 3)
+    with pytest.raises(PluginError, match="does not fit"):
+        RegisterModel({2: Block("b", 0x40, [])}, vendor=1, device=2, config=config)
+    with pytest.raises(PluginError, match="does not fit"):
+        RegisterModel({1: Block("b", 0x20, [])}, vendor=1, device=2, config=config)
 
 
 def test_reset_and_state(toy):

@@ -246,6 +246,7 @@ def test_outside_is_refused(offset: int, length: int) -> None:
         lambda c: c.add_bar(4, 32, io=True, wide=True),
         lambda c: c.add_msi(0xA0, 1),
         lambda c: c.add_msix(0xD0, 1, table=(0, 0), pba=(0, 0x800)),
+        lambda c: c.add_express(0xB0, version=3),
         lambda c: c.add_capability(0x9C, 9, bytes(30)),
         lambda c: c.add_capability(0xCA, 9, bytes(2)),
         lambda c: c.add_capability(0x30, 9, bytes(2)),
