@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
+FOLDERS = ("docs", "plugins", "examples")
 
 
 def documents() -> list[Path]:
-    """Every document: the README's, docs/, and those beside plugins."""
-    return [TREE / "README.md", *sorted((TREE / "docs").rglob("*.md")), *sorted((TREE / "plugins").rglob("*.md"))]
+    """Every document: the README's, docs/, and those beside plugins and examples."""
+    return [TREE / "README.md", *(path for name in FOLDERS for path in sorted((TREE / name).rglob("*.md")))]
 
 
 def text(name: str) -> str:
@@ -88,7 +89,7 @@ def links(path: Path) -> list[str]:
 def messages() -> tuple[str, ...]:
     """All texts in the server's and the plugins' code; what is filled in at run time stands as NUL."""
     found: list[str] = []
-    for folder in ("vfu_server", "plugins"):
+    for folder in ("vfu_server", "plugins", "examples"):
         for path in (TREE / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 found.extend(_texts(node))

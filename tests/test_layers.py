@@ -95,8 +95,9 @@ def test_no_import_points_up() -> None:
 def test_plugins_import_the_kit_only() -> None:
     wrong = [
         f"{path.relative_to(TREE)}:{line}: {name}"
-        for path in sorted((TREE / "plugins").rglob("*.py"))
-        if "tests" not in path.parts and not ("models" in path.parts and path.name in GUESTS)
+        for folder in ("plugins", "examples")
+        for path in sorted((TREE / folder).rglob("*.py"))
+        if "tests" not in path.parts and not (path.name in GUESTS and {"models", "examples"} & {*path.parts})
         for line, name in imports_of(path)
         if name.startswith(f"{PACKAGE}.") and not allowed_in_plugins(name.removeprefix(f"{PACKAGE}."))
     ]

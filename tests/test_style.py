@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 TREE = Path(__file__).resolve().parent.parent
-SOURCES = ("vfu_server", "plugins", "tools", "tests", "benchmarks")
+SOURCES = ("vfu_server", "plugins", "tools", "tests", "benchmarks", "examples")
 MOST_LINES = 600
 
 
