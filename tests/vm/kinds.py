@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.model_process import ModelProcess
 from tests.vm.guest.functions import option_rom
 from tests.vm.lane import Kind, Plugged
-from tools.vm.devices import Device, edu, igb, nvme, vfio_user
+from tools.vm.devices import Device, e1000e, edu, igb, nvme, vfio_user
 
 IMAGE = 1 << 20
 SEED = random.randrange(1 << 32)
@@ -47,6 +47,12 @@ def functions_with_rom(home: Path) -> Iterator[Plugged]:
 def pair(_home: Path) -> Iterator[Plugged]:
     """Two edus: a source and a destination, or a device and its peer."""
     yield Plugged([edu(), edu()])
+
+
+@contextmanager
+def wired_pair(_home: Path) -> Iterator[Plugged]:
+    """Two 82574L, each on a wire to the machine itself."""
+    yield Plugged([e1000e(), e1000e()])
 
 
 @contextmanager
@@ -86,6 +92,7 @@ VISITED_GROUP, VISITED_CDEV = (
     Kind("visited-cdev", "custom", functions_with_rom),
 )
 PAIR_GROUP, PAIR_CDEV = Kind("pair-group", "stock", pair), Kind("pair-cdev", "custom", pair)
+E1000E_GROUP, E1000E_CDEV = Kind("e1000e-group", "stock", wired_pair), Kind("e1000e-cdev", "custom", wired_pair)
 MODEL = Kind("model", "custom", model)
 HNS_GROUP, HNS_CDEV = Kind("hns-group", "stock", hns), Kind("hns-cdev", "custom", hns)
 MLX5_GROUP, MLX5_CDEV = Kind("mlx5-group", "stock", mlx5), Kind("mlx5-cdev", "custom", mlx5)

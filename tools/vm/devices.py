@@ -39,6 +39,15 @@ def igb() -> Device:
     return Device(("-device", port, "-nic", "none", "-device", "igb,bus=port{slot}"))
 
 
+def e1000e() -> Device:
+    """An 82574L (8086:10d3) on a wire with a virtio interface, at which the machine itself is the other end."""
+    near, far = ("hubport,id=near{slot},hubid={slot}", "hubport,id=far{slot},hubid={slot}")
+    function = "e1000e,netdev=near{slot},addr={slot},romfile="
+    return Device(
+        ("-netdev", near, "-netdev", far, "-device", function, "-device", "virtio-net-pci,netdev=far{slot},romfile=")
+    )
+
+
 def vfio_user(socket: Path) -> Device:
     """What a vfio-user server at `socket` presents. It has to listen before the machine starts."""
     described = {

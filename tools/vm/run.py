@@ -28,7 +28,7 @@ RESULTS = "/results"
 MEMORY = 1024
 SECONDS = 600.0
 # Whose byte code the machine would otherwise compile at each run.
-PYTHON_FOLDERS = ("vfu_server", "plugins", "tests")
+PYTHON_FOLDERS = ("vfu_server", "plugins", "tests", "examples")
 SHOWN_LINES = 25
 
 
@@ -60,7 +60,7 @@ def run_in_vm(
     kernel_options: str = "",
     timeout: float = SECONDS,
 ) -> VmResult:
-    """Run `command` as root in a new machine, with the checkout on Python's path and as working directory.
+    """Run `command` as root in a new machine, in the checkout, which is on Python's path with its example.
 
     `folder` must be empty or new: it is /results in the machine and keeps the logs. `shares` are further folders,
     `memory` is MiB, `kernel_options` are for the kernel's command line, `timeout` is seconds for the whole run. Raises
@@ -110,7 +110,7 @@ def _shares(booted: Kernel, results: Path) -> list[Share]:
 
 def _job(command: Sequence[str], environment: Mapping[str, str]) -> str:
     # What the machine compiles it cannot keep, since the checkout is read-only there.
-    variables = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    variables = {"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT}/examples/e1000e", "PYTHONDONTWRITEBYTECODE": "1", **environment}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
     return f"cd {CHECKOUT}\n{exports}exec {shlex.join(command)}\n"
 

@@ -11,7 +11,8 @@ import trio
 from e1000e.registers import BAR_MAC, MAC
 from vfu_server.errors import DeadlineError, HostError
 from vfu_server.host_device import HostDevice
-from vfu_server.uapi import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, RegionIndex
+from vfu_server.pci_command import memory_space
+from vfu_server.uapi import PCI_COMMAND, PCI_COMMAND_MASTER, RegionIndex
 
 LOOK_SECONDS = 0.001
 QUIET_LOOKS = 3
@@ -85,14 +86,10 @@ class Engine:
     async def reachable(self) -> AsyncIterator[None]:
         """With memory decoding on and awake. HostError if the registers do not answer all the same."""
         async with self._awake():
-            command = self._host.read(RegionIndex.CONFIG, PCI_COMMAND, 2)
-            self._host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command | PCI_COMMAND_MEMORY)
-            try:
+            with memory_space(self._host):
                 if self.read("STATUS") == NO_ANSWER:
                     raise HostError(f"{self.name}: its registers do not answer")
                 yield
-            finally:
-                self._host.write(RegionIndex.CONFIG, PCI_COMMAND, 2, command)
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 DEVICES = Path("/sys/bus/pci/devices")
 EDU = (0x1234, 0x11E8)
 NVME = (0x1B36, 0x0010)
+E1000E = (0x8086, 0x10D3)
 IGB = (0x8086, 0x10C9)
 IGB_VF = (0x8086, 0x10CA)
 
