@@ -82,7 +82,7 @@ class Vmm:
     held: bytes = b""
     fetched: bytes = b""
     ended: bool = False
-    asked_at: float = 0.0
+    waited: float = 0.0
 
     def begin(self) -> None:
         """Both VMMs are up, the guest works at the source."""
@@ -213,7 +213,7 @@ class Vmm:
 
     def _data(self, name: str, *, until_end: bool) -> Iterator[Op]:
         self.ended = False
-        self.asked_at = self.world.clock.current_time()
+        self.waited = 0.0
         index = 0
         while not self.ended:
             yield Op(f"read {name} {index}", "source", lambda: self._fetch(until_end))
@@ -227,14 +227,16 @@ class Vmm:
         """One chunk, in as many reads as it takes."""
         self.fetched = b""
         while len(self.fetched) < self.flow.chunk:
-            waited = self.world.clock.current_time() - self.asked_at
-            assert waited < GIVE_UP, "the guest is stopped, and nobody says why"
+            assert self.waited < GIVE_UP, "the guest is stopped, and nobody says why"
+            asked_at = self.world.clock.current_time()
             try:
                 data = self.source.client.mig_data_read(self.flow.chunk - len(self.fetched))
             except ReplyError as error:
                 if until_end or error.errno != errno.ENOMSG:
                     raise
                 data = b""
+            finally:
+                self.waited += self.world.clock.current_time() - asked_at
             self.ended = not data
             if self.ended:
                 return

@@ -38,6 +38,7 @@ class World:
 
     def __init__(self) -> None:
         self.clock = MockClock(rate=1.0)
+        self.sides: list[Side] = []
         self.records: list[logging.LogRecord] = []
         self._ready = threading.Event()
         self._scope = trio.CancelScope()
@@ -80,9 +81,13 @@ class World:
         self._logger.propagate = self._passed_on
 
     async def pause(self) -> None:
-        """Wait for nothing, and let time pass once all others have nothing to do, worker threads included."""
+        """Wait for nothing, and let time pass once all others have nothing to do, worker threads included.
+
+        Nor may a client have its answer and not have come to read it, on a busy machine: its patience goes by this clock.
+        """
         await wait_all_tasks_blocked()
-        if trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0:
+        threads = trio.to_thread.current_default_thread_limiter().borrowed_tokens
+        if not threads and not any(side.client and side.client.answered for side in self.sides):
             self.clock.jump(LEAP)
         await trio.sleep(0.0003)
 
@@ -97,6 +102,22 @@ class MortalClient(Client):
     """A client that can die with the next message it sends; `death` says how far it comes."""
 
     death = ""
+    _waiting = False
+
+    @property
+    def answered(self) -> bool:
+        """It waits for an answer that is there."""
+        try:
+            return self._waiting and bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def wait_reply(self, msg_id, timeout=None):
+        self._waiting = True
+        try:
+            return super().wait_reply(msg_id, timeout)
+        finally:
+            self._waiting = False
 
     def send_raw(self, data, fds=()):
         if self.sock.fileno() < 0:
@@ -130,6 +151,7 @@ class Side:
         self._scope = trio.CancelScope()
         self._over = trio.Event()
         self._send, self._receive = trio.open_memory_channel[int](4)
+        world.sides.append(self)
         world.wait(world.nursery.start, self._serve, shape)
 
     async def _serve(self, shape: Shape, *, task_status) -> None:
@@ -179,6 +201,7 @@ class Side:
             client.close()
         self.world.call(self._scope.cancel)
         self.world.wait(self._over.wait)
+        self.world.sides.remove(self)
 
 
 def open_files() -> set[str]:
