@@ -5,7 +5,7 @@ takes for a save is the model's; the server's part, and how it grows with the st
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from statistics import median
 from benchmarks.machine import Machine
 from benchmarks.processes import Running, python
 from benchmarks.rows import Row, absolute
+from plugins.hns.models.traffic import Traffic
 from vfu_server.testing import Guest, migrate
 from vfu_server.testing.migrate import MigrationRecord
 
@@ -21,18 +22,28 @@ MIB = 1 << 20
 STEPS = ("source STOP_COPY", "stop-copy data", "destination RUNNING")
 """What the downtime is made of, besides memory, which is the VMM's."""
 QUESTIONS = 300
+ENTRIES = 100
 TIMEOUT = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model with its arguments, and the plugin that migrates it."""
+    """A model with its arguments, and the plugin that migrates it. `works`: brings its guest's driver to work."""
 
     name: str
     plugin: str
     module: str
     arguments: tuple[str, ...]
     pre_copy: bool
+    works: Callable[[Guest], object] | None = None
+
+
+def _compressing(guest: Guest) -> object:
+    """Queues that are full, in a guest's memory that both machines have."""
+    traffic = Traffic(guest, queues=4, timeout=TIMEOUT)
+    traffic.run_entries(ENTRIES)
+    traffic.submit()
+    return traffic
 
 
 def _card(size: str, *, pre_copy: bool) -> Subject:
@@ -42,7 +53,8 @@ def _card(size: str, *, pre_copy: bool) -> Subject:
 
 
 SUBJECTS = (
-    Subject("hns zip", "hns", "plugins.hns.models", ("zip",), pre_copy=True),
+    Subject("hns zip, under load", "hns", "plugins.hns.models", ("zip",), pre_copy=True, works=_compressing),
+    Subject("hns zip, without a driver", "hns", "plugins.hns.models", ("zip",), pre_copy=True),
     *(_card(size, pre_copy=pre_copy) for size in ("64K", "16M", "256M") for pre_copy in (True, False)),
 )
 
@@ -69,6 +81,8 @@ def _served(stack: ExitStack, machine: Machine, where: Path, name: str, subject:
 def _move(here: Path, there: Path, subject: Subject) -> MigrationRecord:
     with Guest.connect(str(here), timeout=TIMEOUT) as source, Guest.connect(str(there), timeout=TIMEOUT) as destination:
         source.start()
+        if subject.works is not None:
+            subject.works(source)
         destination.plug_in()
         destination.machine_reset()
         return migrate(source.client, destination.client, pre_copy=subject.pre_copy)

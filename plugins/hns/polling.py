@@ -25,6 +25,8 @@ class Looks:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._began = trio.current_time()
+        self._longest = min(LONGEST_PAUSE, seconds / LEAST_LOOKS)
+        """So that what is over soon is not waited for much longer, for the sake of its looks."""
         self._pause = 0.0
         self._count = 0
 
@@ -37,6 +39,6 @@ class Looks:
             raise StopAsyncIteration
         if self._count:
             await trio.sleep(self._pause)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE) or FIRST_PAUSE
+        self._pause = min(2 * self._pause, self._longest) or FIRST_PAUSE
         self._count += 1
         return self._count
