@@ -28,6 +28,7 @@ MODULES = (
     "model",
     "model_registers",
     "pciconfig",
+    "toml_lines",
 )
 QUOTE = "'"
 HEAD = """# Reference of the kit

@@ -48,12 +48,13 @@ class Pairs:
             GuestMemory.of(size, iova) as memory,
             GuestMemory.of(size, iova) as other,
             connect(source, memory) as here,
-            connect(destination, other) as there,
         ):
             here.start()
-            there.plug_in()
-            there.machine_reset()
-            yield here, there
+            # Not before: a server gives a connection that says nothing some seconds, which such a start may take here.
+            with connect(destination, other) as there:
+                there.plug_in()
+                there.machine_reset()
+                yield here, there
 
     def give_up(self) -> str:
         """Kill the servers; their logs."""
