@@ -54,7 +54,8 @@ def vfu_server_describe(options: Mapping[str, str]) -> "Mapping[str, object]":
     Keys: `summary` (one sentence); `policies`, a mapping from a variant's name (a profile, a device family) to
     `(Policy, {region index: size in bytes})`; and, if there are any, `registers`, a mapping from a variant's name (in
     its `StateIdentity`) to `{region index: Block}`, for those who read traces; `unrepeatable`, tags of sections whose
-    bytes differ from save to save of the same state (images that firmware makes), for the conformance suite.
+    bytes differ from save to save of the same state (images that firmware makes), for the conformance suite; `work`, as
+    "module:function", what brings a model to use as a guest's driver does: the suite calls it with a started Guest.
     """
 
 

@@ -68,13 +68,14 @@ class Description:
     """What a plugin says without a device. `policies`: variant -> (policy, size in bytes by region index).
 
     `registers`: variant -> the register table of each region that has one. `unrepeatable`: tags of sections whose bytes
-    differ from save to save of the same state.
+    differ from save to save of the same state. `work`: "module:function" that brings a started guest's model to use.
     """
 
     summary: str
     policies: Mapping[str, tuple[Policy, Mapping[int, int]]]
     registers: Mapping[str, Mapping[int, Block]]
     unrepeatable: frozenset[str] = frozenset()
+    work: str = ""
 
 
 class PluginCrashError(PluginError):
@@ -255,19 +256,20 @@ class Plugins:
 
     def describe(self, plugin: Plugin, options: Mapping[str, str]) -> Description:
         """What `plugin` says of itself."""
-        summary, policies, registers, unrepeatable = "", {}, {}, frozenset[str]()
+        summary, policies, registers, unrepeatable, work = "", {}, {}, frozenset[str](), ""
         for answer in self._ask(plugin, "vfu_server_describe", options=options):
             try:
                 summary = str(answer.get("summary", summary))
                 policies.update(answer.get("policies", {}))
                 registers.update(answer.get("registers", {}))
                 unrepeatable |= {str(tag) for tag in answer.get("unrepeatable", ())}
+                work = str(answer.get("work", work))
             except Exception as error:
                 raise PluginError(
                     f"plugin {plugin.name!r}: vfu_server_describe returned {type(answer).__name__}, "
                     f"which is no description: {_one_line(error)}"
                 ) from error
-        return Description(summary, policies, registers, unrepeatable)
+        return Description(summary, policies, registers, unrepeatable, work)
 
 
 def exactly_one(taken: Sequence[Taken], plugin: str, host: HostDevice) -> Taken:

@@ -58,6 +58,7 @@ def vfu_server_describe(options: Mapping[str, str]) -> Mapping[str, object]:
     return {
         "summary": SUMMARY,
         "policies": {name: (policy_of(sizes), sizes) for name, sizes in shown.items()},
+        "work": "plugins.hns.models.traffic:use",
         "registers": {f"{kind.name} V{n}": {QM_REGION: FUNCTION} for kind in KINDS for n in (3, 4, 5)},
     }
 

@@ -1,6 +1,7 @@
 """The conformance suite finds nothing in a sound plugin, and each check finds what it is for in a spoilt one."""
 
 import re
+import sys
 
 import pytest
 
@@ -349,6 +350,37 @@ def test_sections_that_differ_by_nature_are_not_compared(importable, tmp_path, m
     with Bench("spoilt", Target("spoilt", MODEL), plugins=Plugins()) as bench:
         results = run(bench, [BY_NAME["save-twice"], BY_NAME["load"], BY_NAME["clients"]])
     assert [result.verdict for result in results] == [Verdict.PASSED] * 3, results
+
+
+WORK = """
+
+CALLS = []
+
+def work(guest):
+    CALLS.append(guest.read(0, 0, 4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "verdict", "said"),
+    [
+        ("spoilt:work", Verdict.PASSED, "bytes"),
+        ("spoilt:nothing", Verdict.FAILED, "there is no work 'spoilt:nothing'"),
+        ("nowhere_at_all:work", Verdict.FAILED, "there is no work 'nowhere_at_all:work'"),
+    ],
+)
+def test_a_plugin_may_say_how_its_model_is_used(importable, tmp_path, monkeypatch, named, verdict, said):
+    site = tmp_path / "site"
+    site.mkdir()
+    source = (SPOILT % "    pass").replace('"policies": {}}', f'"policies": {{}}, "work": "{named}"}}') + WORK
+    assert named in source
+    (site / "spoilt.py").write_text(source)
+    installed(site, "spoilt", "spoilt")
+    monkeypatch.syspath_prepend(str(site))
+    with Bench("spoilt", Target("spoilt", MODEL), plugins=Plugins()) as bench:
+        (result,) = run(bench, [BY_NAME["load"]])
+    assert (result.verdict, said in result.text) == (verdict, True), result
+    assert bool(sys.modules["spoilt"].CALLS) == (verdict is Verdict.PASSED)
 
 
 @pytest.mark.slow

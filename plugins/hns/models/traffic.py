@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from plugins.hns.models.guest_driver import DeviceError, GuestDriver, Layout
 from plugins.hns.models.traffic_work import ALGORITHM, COPY, DEFLATE, INFLATE, Job
-from plugins.hns.registers import VENDOR
+from plugins.hns.registers import KIND_OF_VF, VENDOR
 from vfu_server.errors import DeadlineError, VfuServerError
 from vfu_server.testing import Guest, Interrupts
 
@@ -229,6 +229,15 @@ class Traffic:
             result = self.driver.port.load_memory(job.destination, 2 * self._size)
             job.check(self.driver.entry(queue, index), result)
             self._completed += 1
+
+
+def use(guest: Guest) -> None:
+    """Load the driver for the VF that a started guest has, and let some queues work until they are empty."""
+    kind = KIND_OF_VF[guest.config.read(2, 2)].name
+    traffic = Traffic(guest, kind, queues=2, start=0x10000, depth=8, size=256)
+    traffic.driver.write("ifc_int_mask", 0)  # it hears its PF, as the kernel's driver does
+    traffic.run_entries(20)
+    traffic.finish()
 
 
 def main(argv: list[str] | None = None) -> int:

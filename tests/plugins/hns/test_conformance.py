@@ -12,9 +12,6 @@ from plugins.hns.registers import KINDS
 
 TREE = Path(__file__).resolve().parents[3]
 SECONDS = 600
-NOT_JUDGED = {"verified"}
-"""Without the guest's driver, which random writes are not, a state is a match part: a restore writes nothing more. Of a
-function that is used `test_restore.py` shows the same."""
 
 
 @pytest.mark.slow
@@ -30,5 +27,5 @@ def test_every_check_passes(tmp_path, kind):
     (suite,) = ET.parse(report).getroot().iter("testsuite")
     cases = {case.get("name"): case for case in suite.iter("testcase")}
     assert len(cases) >= 17
-    assert {name for name, case in cases.items() if case.find("skipped") is not None} == NOT_JUDGED, done.stdout
+    assert not [name for name, case in cases.items() if case.find("skipped") is not None], done.stdout
     assert not any(case.find(what) is not None for case in cases.values() for what in ("failure", "error"))

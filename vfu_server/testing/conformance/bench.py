@@ -4,8 +4,9 @@ A side that a check has broken is opened anew for the next one, its model with i
 """
 
 import contextlib
+import importlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, cast
@@ -28,10 +29,12 @@ from vfu_server.testing.migrate import save
 from vfu_server.testing.models import ModelProcess
 from vfu_server.testing.serving import Loop, Served
 from vfu_server.testing.wire import ReplyError
-from vfu_server.uapi import MigState, RegionIndex
+from vfu_server.uapi import PCI_CFG_SPACE_SIZE, MigState, RegionIndex
 
 SIDES = ("source", "destination")
 MEMORY = 1 << 20
+CAPABILITIES = range(0x40, PCI_CFG_SPACE_SIZE, 2)
+"""Where capabilities are in config space, in words."""
 BARS = range(RegionIndex.BAR0, RegionIndex.CONFIG)
 NOTHING_YET = 42  # ENOMSG
 
@@ -251,7 +254,18 @@ class Bench:
             return self.saved(guest.client)
 
     def used(self) -> bytes:
-        """The state of a device that was used, in a way that it can be saved. NotJudged if there is no such way."""
+        """The state of a device that was used: as its plugin says, else by random writes, so that it can be saved.
+        NotJudged if that cannot be.
+        """
+        if work := self._work():
+            with self.guest() as guest:
+                before = {at: guest.config.read(at, 2) for at in CAPABILITIES}
+                work(guest)
+                guest.disable_interrupts()
+                for at, value in before.items():  # interrupts go with a VMM, and there is none at the other side
+                    if guest.config.read(at, 2) != value:
+                        guest.config.write(at, 2, value)
+                return self.saved(guest.client)
         chance = self.chance()
         for writes in (40, 20, 10, 5, 2, 1):
             with self.guest() as guest:
@@ -259,6 +273,17 @@ class Bench:
                 with contextlib.suppress(Failed):
                     return self.saved(guest.client)
         raise NotJudged(f"after random writes it cannot be saved: {self.why()}")
+
+    def _work(self) -> Callable[[Guest], object] | None:
+        """What brings the device to use, of a model only: others have their own drivers. Failed if it cannot be had."""
+        named = self.plugins.describe(self.plugins.load(self.plugin), self.options).work
+        if not named or self.target.model is None:
+            return None
+        module, _, function = named.partition(":")
+        try:
+            return cast("Callable[[Guest], object]", getattr(importlib.import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise Failed(f"vfu_server_describe: there is no work {named!r}: {error}") from error
 
     def why(self) -> str:
         """The last warning or error of the log, but for the end of clients."""
