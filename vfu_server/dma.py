@@ -226,7 +226,8 @@ def decide_map(
     return MapDecision(
         MapKind.UNREACHABLE,
         f"{where}: guest memory without a file descriptor, which the hardware cannot reach: DMA to it faults, and this "
-        f"device is not migrated while it is there; {CURE}",
+        f"device is not migrated while it is there; {CURE}; a BAR of another server's device counts as such, too: one "
+        "server knows the BARs of all its devices",
     )
 
 

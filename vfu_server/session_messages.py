@@ -138,11 +138,10 @@ class Messages:
 
     async def _device_feature(self, message: Message) -> bytes:
         self.notice.feature_asked()
-        # Memory that the hardware cannot reach would not be the same on the other side: no migration begins. One that
-        # has begun goes on, here or at its destination, where the guest's BARs are not known until the state is loaded.
-        begins = self._migration.state is MigState.RUNNING
-        flags = 0 if begins and self._memory.out_of_reach() else self._migration.flags
-        request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
+        flags = 0 if self._barred() else self._migration.flags
+        request = feature.parse_feature(message.payload, Offer(self._migration.flags, self._dirty.offered))
+        if request.probe or request.feature is Feature.MIGRATION:
+            request = feature.parse_feature(message.payload, Offer(flags, self._dirty.offered))
         if request.probe:
             return request.reply()
         if request.feature is Feature.MIG_DEVICE_STATE:
@@ -154,6 +153,14 @@ class Messages:
         if request.feature is Feature.MIG_PRECOPY_INFO:
             return await self._precopy_info(request)
         return await self._dma_logging(request)
+
+    def _barred(self) -> bool:
+        """Memory that the hardware cannot reach would not be the same on the other side: no migration begins.
+
+        One that has begun goes on, here or at its destination, where the guest's BARs are not known until the state is
+        loaded.
+        """
+        return self._migration.state is MigState.RUNNING and self._memory.out_of_reach()
 
     async def _precopy_info(self, request: FeatureRequest) -> bytes:
         if request.set:
@@ -189,5 +196,10 @@ class Messages:
 
     async def _device_state(self, request: FeatureRequest) -> bytes:
         if request.set:
-            await self._migration.set_state(feature.wanted_state(request))
+            wanted = feature.wanted_state(request)
+            # A refusal, to a client that was offered migration before. Told that there is no such feature, or refused
+            # the present state as well, QEMU would reset the device, which is at work.
+            if self._barred() and wanted != self._migration.state:
+                raise StateError("there is guest memory that the hardware cannot reach: no migration begins")
+            await self._migration.set_state(wanted)
         return feature.state_reply(request, self._migration.state)

@@ -268,6 +268,20 @@ def test_a_migration_that_has_begun_goes_on_with_memory_without_a_file(served):
         assert client.migration_flags() == 0
 
 
+def test_where_no_migration_begins_the_device_is_left_at_work(served):
+    """Refused a state, QEMU asks for the one that it was in, and resets the device if that is refused as well."""
+    with served.connect() as client:
+        assert client.migration_flags()
+        client.dma_map(1 << 30, PAGE)
+        for state in (MigState.STOP, MigState.STOP_COPY, MigState.RUNNING_P2P, MigState.RESUMING):
+            assert refused(client.set_mig_state, state) == errno.EINVAL
+            client.set_mig_state(MigState.RUNNING)
+            assert client.mig_state() is MigState.RUNNING
+        assert client.mig_data_size() > 0
+        client.dma_unmap(1 << 30, PAGE)
+        client.set_mig_state(MigState.STOP_COPY)
+
+
 def test_memory_without_a_file_is_remembered_up_to_a_limit(served, caplog):
     with served.connect() as client:
         client.dma_map(0, PAGE)
