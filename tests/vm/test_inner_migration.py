@@ -29,3 +29,8 @@ def test_hns(machines: Machines, run: Run, check: str) -> None:
 @each_check("inner_mlx5.py", (MOVING_MLX5, []))
 def test_mlx5(machines: Machines, run: Run, check: str) -> None:
     machines.checks(run).judge(check)
+
+
+@each_check("inner_two.py", (MOVING_MLX5, []))
+def test_two_devices(machines: Machines, run: Run, check: str) -> None:
+    machines.checks(run).judge(check)

@@ -5,8 +5,7 @@ copies memory by what the firmware's page tracker says. The guest is the check i
 """
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from plugins.mlx5.models.traffic import Traffic
@@ -17,8 +16,8 @@ from tests.vm.guest.inner_machine import CHECK_SECONDS
 from tests.vm.guest.inner_moves import PATCHED, Moving, digest, machine, served_at
 from tests.vm.guest.kmsg import KernelLog
 from tests.vm.guest.pairs import Pairs
-from tests.vm.guest.qtest_guest import QtestGuest
-from tests.vm.guest.served import IOVA, SECONDS, socket_of
+from tests.vm.guest.qtest_guest import Port, QtestGuest
+from tests.vm.guest.served import IOVA, socket_of
 
 checks.SECONDS = CHECK_SECONDS
 VENDOR, PF, VF = 0x15B3, 0x1021, 0x101E
@@ -28,21 +27,6 @@ FRAMES, MOVES = 30, 10
 FAULT = r"DMAR:.*(fault addr|DMA (Read|Write))"
 
 pairs = Pairs("mlx5", (VENDOR, VF), (VENDOR, PF), "vf=0")
-
-
-class Port:
-    """The guest as a driver of the function's data path sees it."""
-
-    def __init__(self, guest: QtestGuest) -> None:
-        self.read, self.write = guest.read, guest.write
-        self.load, self.store = guest.memory.read, guest.memory.write
-
-    def wait(self, until: Callable[[], bool], what: str) -> None:
-        """Each look at the rings takes its time."""
-        deadline = time.monotonic() + SECONDS
-        while not until():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{what} did not come within {SECONDS:g} s")
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class Moving:
 
 def end(side: Side) -> None:
     """Power off; QEMU ends by itself."""
-    with suppress(QmpError):  # its answer may not get out any more
+    with suppress(QmpError, OSError):  # its answer may not get out any more
         side.monitor.execute("quit")
     status = side.process.wait(SECONDS)
     side.__exit__()

@@ -7,51 +7,58 @@ them, and what was not looked at yet moves with the memory. It must not know the
 import os
 import select
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Self
 
 from tests.qemu.qtest import Qtest
 from tests.qemu_migration.side import SLOT
+from tests.vm.guest.served import SECONDS
 from vfu_server.testing import pci
 from vfu_server.uapi import PCI_CAP_ID_MSI
 
 MAILBOX, MESSAGE = 0x90000, 0x4320
 """Where messages are written, and the first vector's; the others are or-ed into it."""
 
+BARS, BARS_OF_ONE = 0xE0000000, 16 << 20
+"""Where BARs are: so many bytes for each slot."""
+
 
 class Config:
     """Config space, in the form that the kit's functions for it take."""
 
-    def __init__(self, guest: Qtest) -> None:
+    def __init__(self, guest: Qtest, slot: int) -> None:
         self._guest = guest
+        self._slot = slot
 
     def read(self, offset: int, width: int) -> int:
-        return self._guest.config_read(SLOT, offset, width)
+        return self._guest.config_read(self._slot, offset, width)
 
     def write(self, offset: int, width: int, value: int) -> None:
-        self._guest.config_write(SLOT, offset, width, value)
+        self._guest.config_write(self._slot, offset, width, value)
 
 
 class QtestGuest:
     """A guest whose firmware has placed the BARs. It is its own memory and its own client."""
 
-    def __init__(self, guest: Qtest, bars: dict[int, int], fds: list[int]) -> None:
+    def __init__(self, guest: Qtest, slot: int, bars: dict[int, int], fds: list[int]) -> None:
         self._guest = guest
+        self._slot = slot
         self._bars = bars
-        self.config = Config(guest)
+        self.config = Config(guest, slot)
         self.interrupts = SimpleNamespace(fds=fds)
         self.memory = SimpleNamespace(read=guest.load, write=guest.store)
         self.client = SimpleNamespace(serve=self._pause, wait_readable=self._wait_readable)
 
     @classmethod
-    def started(cls, guest: Qtest) -> Self:
+    def started(cls, guest: Qtest, slot: int = SLOT) -> Self:
         """Place the BARs and switch decoding and bus mastering on."""
-        config = Config(guest)
-        return cls(guest, pci.place_bars(config, pci.size_bars(config)), [])
+        config = Config(guest, slot)
+        return cls(guest, slot, pci.place_bars(config, pci.size_bars(config), memory=BARS + slot * BARS_OF_ONE), [])
 
     def at(self, guest: Qtest) -> Self:
         """The same guest, where it has moved to."""
-        return type(self)(guest, self._bars, self.interrupts.fds)
+        return type(self)(guest, self._slot, self._bars, self.interrupts.fds)
 
     def read(self, region: int, offset: int, width: int) -> int:
         return self._guest.read(self._bars[region] + offset, width)
@@ -91,3 +98,18 @@ class QtestGuest:
 
     def _pause(self, _seconds: float) -> None:
         """Each access takes its time, and QEMU serves the device."""
+
+
+class Port:
+    """The guest as the driver of a ConnectX' data path sees it."""
+
+    def __init__(self, guest: QtestGuest) -> None:
+        self.read, self.write = guest.read, guest.write
+        self.load, self.store = guest.memory.read, guest.memory.write
+
+    def wait(self, until: Callable[[], bool], what: str) -> None:
+        """Each look at the rings takes its time."""
+        deadline = time.monotonic() + SECONDS
+        while not until():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what} did not come within {SECONDS:g} s")
