@@ -4,6 +4,7 @@ It knows no command and no device. A place is told as the facts about this devic
 big-endian dword at byte `byte`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -108,3 +109,23 @@ class Layout:
     def at(self, byte: int) -> Iterable[Bits]:
         """The fields, for a message that has this context at `byte`."""
         return (Bits(one.name, one.first + byte * 8, one.width) for one in self.fields)
+
+
+_ROW = re.compile(r"(\w+) @(0x[0-9a-f]+)(?:\[(\d+)(?::(\d+))?\]|\+(\d+))?")
+
+
+def table(name: str, size: int, rows: str) -> Layout:
+    """A layout from its rows, one a line, written as the facts are: `NAME @BYTE[HIGH:LOW]` or `NAME @BYTE[BIT]` of the
+    big-endian dword at BYTE, `NAME @BYTE` for all of it, `NAME @BYTE+LENGTH` for that many bytes. PluginError.
+    """
+    return Layout(name, size, tuple(_row(name, row.strip()) for row in rows.strip().splitlines()))
+
+
+def _row(table_name: str, row: str) -> Bits:
+    found = _ROW.fullmatch(row)
+    if found is None:
+        raise PluginError(f"layout {table_name}: {row!r} is no row of a table")
+    name, byte, high, low, length = found.groups()
+    if length is not None:
+        return whole(name, int(byte, 16), int(length))
+    return bits(name, int(byte, 16)) if high is None else bits(name, int(byte, 16), int(high), int(low or high))

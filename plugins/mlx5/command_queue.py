@@ -7,17 +7,16 @@ no interrupt is needed. Source: Linux' mlx5_core (cmd.c).
 import errno
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from typing import Final
 
 import trio
 
-from plugins.mlx5.commands import NOTHING, Answer, Commands
+from plugins.mlx5.commands import Commands, Request
 from plugins.mlx5.contexts import COMMAND_ENTRY
 from plugins.mlx5.init_segment import InitSegment
 from plugins.mlx5.layouts import Command
 from plugins.mlx5.mailboxes import OWNER, STRIDE, Chain, blocks_for, entry
-from plugins.mlx5.status import CommandError, CommandTimeoutError, PfDeadError
+from plugins.mlx5.status import CommandError, CommandLostError, CommandTimeoutError, PfDeadError
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
 from vfu_server.errors import HostError
 
@@ -29,7 +28,8 @@ MIN_LOG_STRIDE: Final = 6
 USUAL_BLOCKS: Final = 8
 """Mailboxes that a slot begins with, each way: enough for a capability block."""
 FIRST_PAUSE: Final = 0.00005
-LONGEST_PAUSE: Final = 0.01
+LONGEST_PAUSE: Final = 0.002
+"""Of that many seconds a command is told too late at most."""
 
 
 class _Slot:
@@ -60,7 +60,7 @@ class _Slot:
 class CommandQueue(Commands):
     """The queue. `open` first; after `fail` every call raises.
 
-    The last slot is kept for `call(..., pages=True)`: feeding pages must not wait for a command that waits for pages.
+    The last slot is kept for requests with `pages`: feeding pages must not wait for a command that waits for pages.
     """
 
     def __init__(self, segment: InitSegment, memory: DmaMemory) -> None:
@@ -118,42 +118,36 @@ class CommandQueue(Commands):
         self._wake()
 
     @property
+    def exhausted(self) -> bool:
+        """No entry is left: commands that never completed have them all."""
+        self._reclaim()
+        return 0 < self._slots - 1 <= len(self._stalled)
+
+    @property
     def failure(self) -> HostError | None:
         """Why nothing can be sent, if so."""
         return self._failure
 
-    async def call(
-        self,
-        command: Command,
-        values: Mapping[str, int] = NOTHING,
-        *,
-        op_mod: int = 0,
-        tail: bytes = b"",
-        room: int = 0,
-        seconds: float | None = None,
-        pages: bool = False,
-        **fields: int,
-    ) -> Answer:
-        message = command.encode(op_mod, tail, **values, **fields)
-        length = command.output.size + room
-        seconds = self._seconds if seconds is None else min(seconds, self._seconds)
+    async def send(self, request: Request) -> bytes:
+        command = request.command
+        seconds = self._seconds if request.seconds is None else min(request.seconds, self._seconds)
         self._reclaim()
-        slot = await self._take_pages_slot() if pages else await self._take_slot(command, seconds)
+        slot = await self._take_pages_slot() if request.pages else await self._take_slot(command, seconds)
         stalled = False
         self.in_flight += 1
         try:
             with trio.CancelScope(shield=True):
-                await self._post(slot, message, length)
+                await self._post(slot, request.message, request.length)
                 stalled = not await self._completed(slot, seconds)
             if stalled:
                 self.counts["timeouts"] += 1
                 raise CommandTimeoutError(
                     f"{self.name}: {command.name} did not complete within {seconds:g} s ({self._health()})"
                 )
-            return Answer(command, self._result(slot, command, length))
+            return self._result(slot, command, request.length)
         finally:
             self.in_flight -= 1
-            self._give_back(slot, pages=pages, stalled=stalled)
+            self._give_back(slot, pages=request.pages, stalled=stalled)
 
     async def _take_pages_slot(self) -> _Slot:
         await self._pages_lock.acquire()
@@ -161,6 +155,9 @@ class CommandQueue(Commands):
         if self._failure is not None or slot is None:
             self._pages_lock.release()
             raise self._failure or PfDeadError(f"{self.name}: its command queue is not open")
+        if not slot.done and self._free:  # its last command timed out: another one takes its place
+            self._stalled.append(slot)
+            slot = self._pages_slot = self._free.pop()
         return slot
 
     async def _take_slot(self, command: Command, seconds: float) -> _Slot:
@@ -254,7 +251,7 @@ class CommandQueue(Commands):
             self.counts["errors"] += 1
             raise CommandError(self.name, command.name, delivery=delivery)
         if COMMAND_ENTRY.get(place, "token") != slot.token:
-            raise HostError(f"{self.name}: the entry of {command.name} came back with another token")
+            raise CommandLostError(f"{self.name}: the entry of {command.name} came back with another token")
         inline = place[0x20:0x30]
         if status := inline[0]:
             self.counts["errors"] += 1

@@ -6,6 +6,7 @@ nothing any more once the function was brought up anew.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -31,13 +32,25 @@ class Answer:
         return self.data[self._layout.size :]
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command ready to go. `length`: bytes of the answer that is expected; `seconds` None: the firmware's time-out;
+    `pages`: it feeds pages, and must not wait for a command that waits for them.
+    """
+
+    command: Command
+    message: bytes
+    length: int
+    seconds: float | None
+    pages: bool
+
+
 class Commands(ABC):
     """Sends commands and waits for their answers. `name`: the function's; `epoch`: how often its queue was opened."""
 
     name: str
     epoch: int
 
-    @abstractmethod
     async def call(
         self,
         command: Command,
@@ -54,8 +67,15 @@ class Commands(ABC):
         and `room` bytes the answer's.
 
         It is not given up when the caller is cancelled: whoever owns the memory that it uses learns its end. Raises
-        CommandError, CommandTimeoutError (it may still act), PfDeadError.
+        CommandError, CommandLostError (it may still act), PfDeadError.
         """
+        message = command.encode(op_mod, tail, **values, **fields)
+        request = Request(command, message, command.output.size + room, seconds, pages)
+        return Answer(command, await self.send(request))
+
+    @abstractmethod
+    async def send(self, request: Request) -> bytes:
+        """The answer's bytes. Raises as `call`."""
 
 
 class Bound(Commands):
@@ -66,21 +86,8 @@ class Bound(Commands):
         self.name = commands.name
         self.epoch = commands.epoch
 
-    async def call(
-        self,
-        command: Command,
-        values: Mapping[str, int] = NOTHING,
-        *,
-        op_mod: int = 0,
-        tail: bytes = b"",
-        room: int = 0,
-        seconds: float | None = None,
-        pages: bool = False,
-        **fields: int,
-    ) -> Answer:
+    async def send(self, request: Request) -> bytes:
         """PfDeadError: what it would name is another's now."""
         if self._commands.epoch != self.epoch:
-            raise PfDeadError(f"{self.name}: it was reset; {command.name} would be for what it has forgotten")
-        return await self._commands.call(
-            command, values, op_mod=op_mod, tail=tail, room=room, seconds=seconds, pages=pages, **fields
-        )
+            raise PfDeadError(f"{self.name}: it was reset; {request.command.name} would be for what it has forgotten")
+        return await self._commands.send(request)

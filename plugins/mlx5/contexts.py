@@ -1,11 +1,11 @@
 """Layouts that are parts of commands or lie in memory: contexts, capability blocks, events, completions.
 
-Facts only, as in `layouts`; places are within the context.
+Facts only, as in `layouts`; places are within the context, written as `table` reads them.
 """
 
 from typing import Final
 
-from plugins.mlx5.bits import Layout, bits, flag, whole
+from plugins.mlx5.bits import table
 
 CAP_SIZE: Final = 0x1000
 
@@ -20,236 +20,286 @@ CAP_ROCE: Final = 4
 MODE_MAX: Final = 0
 MODE_CURRENT: Final = 1
 
-GENERAL: Final = Layout(
+GENERAL: Final = table(
     "GENERAL capabilities",
     CAP_SIZE,
-    (
-        flag("page_request_disable", 0x0, 25),
-        flag("vhca_resource_manager", 0x0, 0),
-        flag("hca_cap_2", 0x4, 31),
-        bits("vhca_id", 0x4, 15, 0),
-        flag("force_teardown", 0x20, 15),
-        flag("fast_teardown", 0x1C, 4),
-        flag("release_all_pages", 0x28, 26),
-        flag("vport_group_manager", 0x34, 31),
-        flag("eswitch_manager", 0x34, 24),
-        flag("disable_link_up", 0x34, 11),
-        bits("log_max_msg", 0x38, 28, 24),
-        bits("cqe_version", 0x3C, 3, 0),
-        bits("cmdif_checksum", 0x40, 15, 14),
-        flag("uar_4k", 0x48, 31),
-        flag("mkey_by_name", 0x4C, 25),
-        whole("general_obj_types", 0x80),
-        bits("sq_ts_format", 0x88, 31, 30),
-        bits("log_max_l2_table", 0x90, 28, 24),
-        bits("log_uar_page_sz", 0x90, 15, 0),
-        flag("adv_virtualization", 0xAC, 6),
-        flag("sw_owner_id", 0xC0, 1),
-        flag("migration", 0xD0, 18),
-    ),
+    """
+    page_request_disable @0x0[25]
+    vhca_resource_manager @0x0[0]
+    hca_cap_2 @0x4[31]
+    vhca_id @0x4[15:0]
+    force_teardown @0x20[15]
+    fast_teardown @0x1c[4]
+    release_all_pages @0x28[26]
+    vport_group_manager @0x34[31]
+    eswitch_manager @0x34[24]
+    disable_link_up @0x34[11]
+    log_max_msg @0x38[28:24]
+    cqe_version @0x3c[3:0]
+    cmdif_checksum @0x40[15:14]
+    uar_4k @0x48[31]
+    mkey_by_name @0x4c[25]
+    general_obj_types @0x80+8
+    sq_ts_format @0x88[31:30]
+    log_max_l2_table @0x90[28:24]
+    log_uar_page_sz @0x90[15:0]
+    adv_virtualization @0xac[6]
+    sw_owner_id @0xc0[1]
+    migration @0xd0[18]
+    """,
 )
 
-GENERAL_2: Final = Layout(
+GENERAL_2: Final = table(
     "GENERAL_2 capabilities",
     CAP_SIZE,
-    (
-        flag("migratable", 0x10, 31),
-        flag("migration_multi_load", 0x18, 23),
-        flag("migration_tracking_state", 0x18, 22),
-        flag("migration_in_chunks", 0x18, 15),
-        flag("migration_state", 0x18, 6),
-        whole("general_obj_types_127_64", 0x38),
-    ),
+    """
+    migratable @0x10[31]
+    migration_multi_load @0x18[23]
+    migration_tracking_state @0x18[22]
+    migration_in_chunks @0x18[15]
+    migration_state @0x18[6]
+    general_obj_types_127_64 @0x38+8
+    """,
 )
 
-ADV_VIRTUALIZATION: Final = Layout(
+ADV_VIRTUALIZATION: Final = table(
     "ADV_VIRTUALIZATION capabilities",
     CAP_SIZE,
-    (
-        bits("log_max_num", 0x0, 28, 24),
-        bits("max_num_range", 0x0, 23, 16),
-        bits("log_min_addr_space", 0x0, 15, 8),
-        bits("log_max_addr_space", 0x0, 7, 0),
-        bits("log_min_msg_size", 0x4, 28, 24),
-        bits("log_max_msg_size", 0x4, 20, 16),
-        bits("log_min_page_size", 0x4, 12, 8),
-        bits("log_max_page_size", 0x4, 4, 0),
-    ),
+    """
+    log_max_num @0x0[28:24]
+    max_num_range @0x0[23:16]
+    log_min_addr_space @0x0[15:8]
+    log_max_addr_space @0x0[7:0]
+    log_min_msg_size @0x4[28:24]
+    log_max_msg_size @0x4[20:16]
+    log_min_page_size @0x4[12:8]
+    log_max_page_size @0x4[4:0]
+    """,
 )
 
-ESWITCH_FLOW_TABLE: Final = Layout(
+ESWITCH_FLOW_TABLE: Final = table(
     "ESWITCH_FLOW_TABLE capabilities",
     CAP_SIZE,
-    (
-        flag("ft_support", 0x40, 31),
-        bits("log_max_ft_size", 0x44, 29, 24),
-        bits("max_ft_level", 0x44, 7, 0),
-    ),
+    """
+    ft_support @0x40[31]
+    log_max_ft_size @0x44[29:24]
+    max_ft_level @0x44[7:0]
+    """,
 )
-FLOW_TABLE: Final = Layout("FLOW_TABLE capabilities", CAP_SIZE, (flag("modify_root", 0x40, 27),))
-ESWITCH: Final = Layout(
-    "ESWITCH capabilities", CAP_SIZE, (flag("vport_cvlan_strip", 0, 30), flag("vport_cvlan_insert", 0, 28))
+FLOW_TABLE: Final = table(
+    "FLOW_TABLE capabilities",
+    CAP_SIZE,
+    """
+    modify_root @0x40[27]
+    """,
 )
-ROCE: Final = Layout("ROCE capabilities", CAP_SIZE, (bits("qp_ts_format", 0, 1, 0),))
+ESWITCH: Final = table(
+    "ESWITCH capabilities",
+    CAP_SIZE,
+    """
+    vport_cvlan_strip @0x0[30]
+    vport_cvlan_insert @0x0[28]
+    """,
+)
+ROCE: Final = table(
+    "ROCE capabilities",
+    CAP_SIZE,
+    """
+    qp_ts_format @0x0[1:0]
+    """,
+)
 
-MKC: Final = Layout(
+MKC: Final = table(
     "mkey context",
     0x40,
-    (
-        flag("free", 0x0, 30),
-        bits("access_mode_4_2", 0x0, 28, 26),
-        flag("a", 0x0, 14),
-        flag("rw", 0x0, 13),
-        flag("rr", 0x0, 12),
-        flag("lw", 0x0, 11),
-        flag("lr", 0x0, 10),
-        bits("access_mode_1_0", 0x0, 9, 8),
-        bits("qpn", 0x4, 31, 8),
-        bits("mkey_7_0", 0x4, 7, 0),
-        flag("length64", 0xC, 31),
-        bits("pd", 0xC, 23, 0),
-        whole("start_addr", 0x10),
-        whole("len", 0x18),
-        bits("bsf_octword_size", 0x20),
-        bits("translations_octword_size", 0x34),
-        bits("log_page_size", 0x38, 5, 0),
-    ),
+    """
+    free @0x0[30]
+    access_mode_4_2 @0x0[28:26]
+    a @0x0[14]
+    rw @0x0[13]
+    rr @0x0[12]
+    lw @0x0[11]
+    lr @0x0[10]
+    access_mode_1_0 @0x0[9:8]
+    qpn @0x4[31:8]
+    mkey_7_0 @0x4[7:0]
+    length64 @0xc[31]
+    pd @0xc[23:0]
+    start_addr @0x10+8
+    len @0x18+8
+    bsf_octword_size @0x20
+    translations_octword_size @0x34
+    log_page_size @0x38[5:0]
+    """,
 )
 
-EQC: Final = Layout(
+EQC: Final = table(
     "EQ context",
     0x40,
-    (
-        bits("status", 0x0, 31, 28),
-        bits("st", 0x0, 11, 8),
-        bits("log_eq_size", 0xC, 28, 24),
-        bits("uar_page", 0xC, 23, 0),
-        bits("intr", 0x14, 11, 0),
-        bits("log_page_size", 0x18, 28, 24),
-    ),
+    """
+    status @0x0[31:28]
+    st @0x0[11:8]
+    log_eq_size @0xc[28:24]
+    uar_page @0xc[23:0]
+    intr @0x14[11:0]
+    log_page_size @0x18[28:24]
+    """,
 )
 
-EQE: Final = Layout(
+EQE: Final = table(
     "event",
     0x40,
-    (
-        bits("type", 0x0, 23, 16),
-        bits("sub_type", 0x0, 7, 0),
-        # PAGE_REQUEST
-        flag("ec_function", 0x20, 31),
-        flag("release_all", 0x20, 30),
-        bits("func_id", 0x20, 15, 0),
-        bits("num_pages", 0x24),
-        bits("signature", 0x3C, 15, 8),
-        flag("owner", 0x3C, 0),
-    ),
+    """
+    type @0x0[23:16]
+    sub_type @0x0[7:0]
+    ec_function @0x20[31]
+    release_all @0x20[30]
+    func_id @0x20[15:0]
+    num_pages @0x24
+    signature @0x3c[15:8]
+    owner @0x3c[0]
+    """,
 )
-EQE_OBJECT: Final = Layout("object change event", 0x40, (bits("obj_type", 0x20, 15, 0), bits("obj_id", 0x24)))
-EQE_QP: Final = Layout("queue pair event", 0x40, (bits("queue_type", 0x34, 31, 24), bits("qpn", 0x38, 23, 0)))
-EQE_CQ: Final = Layout("completion queue event", 0x40, (bits("cqn", 0x20, 23, 0), bits("error", 0x28, 7, 0)))
-EQE_VPORT: Final = Layout("vport change event", 0x40, (bits("vport", 0x20, 15, 0),))
+EQE_OBJECT: Final = table(
+    "object change event",
+    0x40,
+    """
+    obj_type @0x20[15:0]
+    obj_id @0x24
+    """,
+)
+EQE_QP: Final = table(
+    "queue pair event",
+    0x40,
+    """
+    queue_type @0x34[31:24]
+    qpn @0x38[23:0]
+    """,
+)
+EQE_CQ: Final = table(
+    "completion queue event",
+    0x40,
+    """
+    cqn @0x20[23:0]
+    error @0x28[7:0]
+    """,
+)
+EQE_VPORT: Final = table(
+    "vport change event",
+    0x40,
+    """
+    vport @0x20[15:0]
+    """,
+)
 
-CQC: Final = Layout(
+CQC: Final = table(
     "CQ context",
     0x40,
-    (
-        bits("cqe_sz", 0x0, 23, 21),
-        bits("log_cq_size", 0xC, 28, 24),
-        bits("uar_page", 0xC, 23, 0),
-        bits("c_eqn", 0x14),
-        bits("log_page_size", 0x18, 28, 24),
-        whole("dbr_addr", 0x38),
-    ),
+    """
+    cqe_sz @0x0[23:21]
+    log_cq_size @0xc[28:24]
+    uar_page @0xc[23:0]
+    c_eqn @0x14
+    log_page_size @0x18[28:24]
+    dbr_addr @0x38+8
+    """,
 )
 
-CQE: Final = Layout(
+CQE: Final = table(
     "completion",
     0x40,
-    (
-        bits("immediate", 0x24),
-        bits("byte_cnt", 0x2C),
-        bits("wqe_counter", 0x3C, 31, 16),
-        bits("opcode", 0x3C, 7, 4),
-        flag("owner", 0x3C, 0),
-    ),
+    """
+    immediate @0x24
+    byte_cnt @0x2c
+    wqe_counter @0x3c[31:16]
+    opcode @0x3c[7:4]
+    owner @0x3c[0]
+    """,
 )
 
-QPC: Final = Layout(
+QPC: Final = table(
     "QP context",
     0xE8,
-    (
-        bits("st", 0x0, 23, 16),
-        bits("pm_state", 0x0, 12, 11),
-        bits("pd", 0x4, 23, 0),
-        bits("mtu", 0x8, 31, 29),
-        bits("log_msg_max", 0x8, 28, 24),
-        bits("log_rq_size", 0x8, 22, 19),
-        bits("log_rq_stride", 0x8, 18, 16),
-        flag("no_sq", 0x8, 15),
-        bits("ts_format", 0x8, 7, 6),
-        bits("uar_page", 0xC, 23, 0),
-        bits("user_index", 0x10, 23, 0),
-        bits("log_page_size", 0x14, 28, 24),
-        bits("remote_qpn", 0x14, 23, 0),
-        flag("fl", 0x18, 31),
-        bits("ack_timeout", 0x20, 31, 27),
-        bits("vhca_port_num", 0x3C, 23, 16),
-        bits("retry_count", 0x70, 18, 16),
-        bits("rnr_retry", 0x70, 15, 13),
-        flag("rre", 0x90, 15),
-        flag("rwe", 0x90, 14),
-        bits("min_rnr_nak", 0x94, 28, 24),
-        bits("cqn_rcv", 0x9C, 23, 0),
-        whole("dbr_addr", 0xA0),
-        bits("rq_type", 0xAC, 26, 24),
-    ),
+    """
+    st @0x0[23:16]
+    pm_state @0x0[12:11]
+    pd @0x4[23:0]
+    mtu @0x8[31:29]
+    log_msg_max @0x8[28:24]
+    log_rq_size @0x8[22:19]
+    log_rq_stride @0x8[18:16]
+    no_sq @0x8[15]
+    ts_format @0x8[7:6]
+    uar_page @0xc[23:0]
+    user_index @0x10[23:0]
+    log_page_size @0x14[28:24]
+    remote_qpn @0x14[23:0]
+    fl @0x18[31]
+    ack_timeout @0x20[31:27]
+    vhca_port_num @0x3c[23:16]
+    retry_count @0x70[18:16]
+    rnr_retry @0x70[15:13]
+    rre @0x90[15]
+    rwe @0x90[14]
+    min_rnr_nak @0x94[28:24]
+    cqn_rcv @0x9c[23:0]
+    dbr_addr @0xa0+8
+    rq_type @0xac[26:24]
+    """,
 )
 
-PAGE_TRACK: Final = Layout(
+PAGE_TRACK: Final = table(
     "PAGE_TRACK object",
     0x30,
-    (
-        whole("modify_field_select", 0x0),
-        bits("vhca_id", 0x8, 15, 0),
-        bits("state", 0x10, 31, 28),
-        bits("track_type", 0x10, 27, 24),
-        bits("log_addr_space_size", 0x10, 23, 16),
-        bits("log_page_size", 0x10, 12, 8),
-        bits("log_msg_size", 0x10, 4, 0),
-        bits("reporting_qpn", 0x14, 23, 0),
-        bits("num_ranges", 0x18, 7, 0),
-        whole("range_start_address", 0x20),
-        whole("length", 0x28),
-    ),
+    """
+    modify_field_select @0x0+8
+    vhca_id @0x8[15:0]
+    state @0x10[31:28]
+    track_type @0x10[27:24]
+    log_addr_space_size @0x10[23:16]
+    log_page_size @0x10[12:8]
+    log_msg_size @0x10[4:0]
+    reporting_qpn @0x14[23:0]
+    num_ranges @0x18[7:0]
+    range_start_address @0x20+8
+    length @0x28+8
+    """,
 )
 PAGE_TRACK_TYPE: Final = 0x46
 
-FTE_MATCH: Final = Layout("flow match", 0x200, (whole("dmac", 0x8, 6), bits("source_port", 0x44, 15, 0)))
+FTE_MATCH: Final = table(
+    "flow match",
+    0x200,
+    """
+    dmac @0x8+6
+    source_port @0x44[15:0]
+    """,
+)
 """Destination address and source port of the outer headers and the miscellaneous part."""
 
-COMMAND_ENTRY: Final = Layout(
+COMMAND_ENTRY: Final = table(
     "command entry",
     0x40,
-    (
-        bits("type", 0x0, 31, 24),
-        bits("input_length", 0x4),
-        whole("input_mailbox", 0x8),
-        whole("output_mailbox", 0x30),
-        bits("output_length", 0x38),
-        bits("token", 0x3C, 31, 24),
-        bits("signature", 0x3C, 23, 16),
-        bits("status", 0x3C, 7, 1),
-        flag("owner", 0x3C, 0),
-    ),
+    """
+    type @0x0[31:24]
+    input_length @0x4
+    input_mailbox @0x8+8
+    output_mailbox @0x30+8
+    output_length @0x38
+    token @0x3c[31:24]
+    signature @0x3c[23:16]
+    status @0x3c[7:1]
+    owner @0x3c[0]
+    """,
 )
-MAILBOX: Final = Layout(
+MAILBOX: Final = table(
     "mailbox",
     0x240,
-    (
-        whole("next", 0x230),
-        bits("block_number", 0x238),
-        bits("token", 0x23C, 23, 16),
-        bits("control_signature", 0x23C, 15, 8),
-        bits("signature", 0x23C, 7, 0),
-    ),
+    """
+    next @0x230+8
+    block_number @0x238
+    token @0x23c[23:16]
+    control_signature @0x23c[15:8]
+    signature @0x23c[7:0]
+    """,
 )

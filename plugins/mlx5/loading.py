@@ -11,6 +11,7 @@ import trio
 from plugins.mlx5 import records
 from plugins.mlx5.buffers import MAX_IMAGE, StateBuffer, alloc_pd, dealloc_pd, released
 from plugins.mlx5.records import Begin, Piece, RecordReader
+from plugins.mlx5.saving import Beside
 from plugins.mlx5.vhca import Vhca
 from vfu_server.dma_memory import DmaMemory
 from vfu_server.errors import RestoreError, StreamFormatError, VfuServerError
@@ -20,9 +21,9 @@ MAX_WAITING: Final = 256 << 20
 
 
 class LoadSession:
-    """One session. `nursery`: outlives it; a LOAD goes on there when the session is given up."""
+    """One session. `beside`: starts a task that outlives it; so a LOAD goes on when the session is given up."""
 
-    def __init__(self, vhca: Vhca, memory: DmaMemory, nursery: trio.Nursery) -> None:
+    def __init__(self, vhca: Vhca, memory: DmaMemory, beside: Beside) -> None:
         self._vhca = vhca
         self._memory = memory
         self._reader = RecordReader()
@@ -36,12 +37,12 @@ class LoadSession:
         self.loaded = 0
         self.ended = trio.Event()
         """The memory is released."""
-        self._nursery = nursery
+        self._beside = beside
 
     async def begin(self) -> None:
         """Get ready. HostError."""
         self._pd = await alloc_pd(self._vhca.queue)
-        self._nursery.start_soon(self._work)
+        self._beside(self._work)
 
     async def take(self, data: bytes) -> None:
         """The stream's next bytes. StreamFormatError, HostError: what the firmware says of an earlier image."""

@@ -20,7 +20,7 @@ from plugins.mlx5.options import Options
 from plugins.mlx5.pf import PhysicalFunction, VirtualFunction
 from plugins.mlx5.policy import msix_table, policy_of
 from plugins.mlx5.saving import SaveSession
-from plugins.mlx5.status import CommandTimeoutError, PfDeadError
+from plugins.mlx5.status import CommandLostError, PfDeadError
 from plugins.mlx5.tracker import PageTracker
 from plugins.mlx5.vf_index import index_of, is_address
 from plugins.mlx5.vhca import Part, Vhca
@@ -281,7 +281,7 @@ class OwnWay(Device):
         """QUERY, memory, and for a device that runs the first image, with tracking."""
         owner, vhca = self._at_work()
         await self._quiet()
-        save = SaveSession(vhca, owner.memory, owner.nursery)
+        save = SaveSession(vhca, owner.memory, owner.beside)
         await save.begin(running=self._responds)
         self._save = save
 
@@ -309,7 +309,7 @@ class OwnWay(Device):
             self._load.leave()
             await self._load.ended.wait()
         await self._quiet()
-        load = LoadSession(vhca, owner.memory, owner.nursery)
+        load = LoadSession(vhca, owner.memory, owner.beside)
         await load.begin()
         self._load = load
 
@@ -341,6 +341,7 @@ class OwnWay(Device):
         if self._pf is not None:
             found |= {f"pf_{name}": count for name, count in self._pf.queue.counts.items()}
             found["pf_pages"] = self._pf.pages.total
+            found["pf_recoveries"] = self._pf.generation
         return found
 
 
@@ -357,8 +358,8 @@ def _vhca_of(owner: PhysicalFunction, function: VirtualFunction) -> Vhca:
 
 @contextlib.contextmanager
 def _told_if_unknown(name: str, what: str) -> Iterator[None]:
-    """A command that did not come back may have acted or not."""
+    """A command that did not come back, or as another's, may have acted or not."""
     try:
         yield
-    except CommandTimeoutError as error:
-        raise StateLostError(f"{name}: {what}: {error}", errno.ETIMEDOUT) from error
+    except CommandLostError as error:
+        raise StateLostError(f"{name}: {what}: {error}", error.errno) from error

@@ -12,9 +12,10 @@ from typing import Final
 
 import trio
 
+from plugins.mlx5.buffers import released
 from plugins.mlx5.commands import Commands
 from plugins.mlx5.layouts import MANAGE_PAGES, QUERY_PAGES
-from plugins.mlx5.status import CommandError, CommandTimeoutError, PfDeadError
+from plugins.mlx5.status import CommandError, CommandLostError, PfDeadError
 from vfu_server.dma_memory import DmaBuffer, DmaMemory
 from vfu_server.errors import DeviceGoneError, HostError, VfuServerError
 
@@ -78,17 +79,21 @@ class Pages:
             except HostError:
                 await self._manage(_CANNOT, function)
                 raise
-            await self._give(function, buffer)
+            try:
+                await self._give(function, buffer)
+            except CommandError:
+                await released(self._manage(_CANNOT, function), self._queue.name)  # or who needs them waits for ever
+                raise
             count -= step
 
     async def _give(self, function: int, buffer: DmaBuffer) -> None:
         places = range(buffer.iova, buffer.iova + buffer.size, PAGE)
         mine = self._given.setdefault(function, {})
-        # first: a command that timed out may have been obeyed
+        # first: a command that is lost may have been obeyed
         mine.update(dict.fromkeys(places, _Piece(buffer, len(places))))
         try:
             await self._manage(_GIVE, function, places)
-        except CommandTimeoutError:
+        except CommandLostError:
             raise
         except HostError:
             for place in places:
@@ -103,7 +108,7 @@ class Pages:
                 tail = b"".join(place.to_bytes(8, "big") for place in places)
                 values = {"function_id": function, "count": len(places)}
                 await self._queue.call(MANAGE_PAGES, values, op_mod=what, pages=True, tail=tail)
-            except (CommandTimeoutError, DeviceGoneError, PfDeadError):
+            except (CommandLostError, DeviceGoneError, PfDeadError):
                 raise
             except HostError as error:
                 if attempt == ATTEMPTS or (isinstance(error, CommandError) and error.status):

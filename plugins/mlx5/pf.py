@@ -6,6 +6,7 @@ PfDeadError; after it was brought up again each virtual function has to be reset
 """
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,6 +63,7 @@ async def serve(host: HostDevice, task_status: trio.TaskStatus["PhysicalFunction
         finally:
             with trio.CancelScope(shield=True):
                 await pf.stop()
+            pf.ended = True
             scope.cancel()
 
 
@@ -88,6 +90,8 @@ class PhysicalFunction:
         self.firmware = ""
         self.generation = 0
         """Rises whenever it was reset under its users."""
+        self.ended = False
+        """Its driver is gone; who uses it still may only let go."""
         self._adapter: Adapter | None = None
         self._eswitch: Eswitch | None = None
         self._functions: dict[int, VirtualFunction] = {}
@@ -105,6 +109,12 @@ class PhysicalFunction:
         if self._adapter is None:
             raise PfDeadError(f"{self.host.name}: it is not up")
         return self._adapter
+
+    def beside(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Start a task that goes on beside its users. PfDeadError: there is nothing any more that it could do."""
+        if self.ended:
+            raise PfDeadError(f"{self.host.name}: its driver here has ended")
+        self.nursery.start_soon(task, *arguments)
 
     # up and down
 
@@ -261,6 +271,8 @@ class PhysicalFunction:
         """Why it has to be reset; empty: it lives, or only one look has failed. DeviceGoneError."""
         if (failure := self.queue.failure) is not None:
             return str(failure)
+        if self.queue.exhausted:
+            return "all entries of its command queue are with commands that never completed"
         last, misses = self._health
         count, said = last, ""
         try:

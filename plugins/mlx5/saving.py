@@ -7,14 +7,14 @@ stopped. Memory is bounded: two buffers, of which one is filled while the other 
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import trio
 
 from plugins.mlx5 import records
 from plugins.mlx5.buffers import MAX_IMAGE, StateBuffer, alloc_pd, dealloc_pd, released
-from plugins.mlx5.status import BAD_RESOURCE_STATE, CommandError, CommandTimeoutError
+from plugins.mlx5.status import BAD_RESOURCE_STATE, CommandError, CommandTimeoutError, PfDeadError
 from plugins.mlx5.vhca import STATE_INIT, Query, Saved, Vhca
 from vfu_server.device import PrecopyInfo, Section, Sink
 from vfu_server.dma_memory import DmaMemory
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 CHUNK_BUFFER: Final = 8 << 20
 """What a buffer for chunks has at least, unless the whole state is smaller."""
 MIN_BUFFER: Final = 4096
+
+
+Beside = Callable[..., None]
+"""Starts a coroutine function with arguments. PfDeadError: the physical function's driver has ended."""
 
 
 class _Record:
@@ -70,12 +74,12 @@ class _Job:
 
 
 class SaveSession:
-    """One session. `nursery`: outlives it; a SAVE goes on there when the session's task is cancelled."""
+    """One session. `beside`: starts a task that outlives it; so a SAVE goes on when the session's task is cancelled."""
 
-    def __init__(self, vhca: Vhca, memory: DmaMemory, nursery: trio.Nursery) -> None:
+    def __init__(self, vhca: Vhca, memory: DmaMemory, beside: Beside) -> None:
         self._vhca = vhca
         self._memory = memory
-        self._nursery = nursery
+        self._beside = beside
         self._pd: int | None = None
         self._free: list[StateBuffer] = []
         self._all: list[StateBuffer] = []
@@ -135,7 +139,10 @@ class SaveSession:
         so that tracking has to be turned off; a function that is stopped stops tracking with its next save.
         """
         ended = trio.Event()
-        self._nursery.start_soon(self._end, ended, running)
+        try:
+            self._beside(self._end, ended, running)
+        except PfDeadError:
+            ended.set()  # the memory went with the function's driver
         return ended
 
     async def _end(self, ended: trio.Event, running: bool) -> None:
@@ -148,7 +155,8 @@ class SaveSession:
         except VfuServerError as error:
             log.info("%s: ending a save: %s", self._vhca.queue.name, error)
         finally:
-            await self._release()
+            with trio.CancelScope(shield=True):
+                await self._release()
             ended.set()
 
     def _finish_at_last(self) -> None:
@@ -207,8 +215,9 @@ class SaveSession:
     # SAVEs
 
     def _start(self, buffer: StateBuffer, *, incremental: bool, track: bool, first: bool = False) -> None:
-        self._job = job = _Job(buffer, incremental=incremental, track=track, first=first)
-        self._nursery.start_soon(self._run, job)
+        job = _Job(buffer, incremental=incremental, track=track, first=first)
+        self._beside(self._run, job)
+        self._job = job
 
     async def _run(self, job: _Job) -> None:
         try:
@@ -234,7 +243,8 @@ class SaveSession:
                 self._early_failed, self._tracking = True, False
                 return 0
             raise job.error
-        assert job.saved is not None
+        if job.saved is None:
+            raise PfDeadError(f"{self._vhca.queue.name}: its driver here has ended")
         size = job.saved.size
         self.images += 1
         self.bytes += size

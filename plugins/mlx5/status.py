@@ -63,7 +63,11 @@ class CommandError(HostError):
         self.delivery = delivery
 
 
-class CommandTimeoutError(HostError):
+class CommandLostError(HostError):
+    """What a command did is not known: its answer is none of it."""
+
+
+class CommandTimeoutError(CommandLostError):
     """A command did not complete in time; it may still act."""
 
     default_errno = errno.ETIMEDOUT

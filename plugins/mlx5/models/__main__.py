@@ -69,6 +69,7 @@ def build() -> argparse.ArgumentParser:
     card.add_argument("--chunk-size", type=size, default=plain.chunk_size)
     card.add_argument("--no-chunks", action="store_true")
     card.add_argument("--save-rate", type=rate, default=plain.save_rate)
+    card.add_argument("--command-timeout", type=count(1, 7200), default=plain.command_seconds)
     for name in ("boot_pages", "init_pages", "vf_pages", "save_pages"):
         card.add_argument(f"--{name.replace('_', '-')}", type=count(0, 1 << 20), default=getattr(plain, name))
     card.add_argument("--migratable", action="store_true")
@@ -96,6 +97,7 @@ def parse(argv: list[str]) -> tuple[Options, str, list[str]]:
         image_size=found.image_size,
         chunk_size=max(found.chunk_size, LEAST_IMAGE // 2),
         save_rate=found.save_rate,
+        command_seconds=found.command_timeout,
         boot_pages=found.boot_pages,
         init_pages=found.init_pages,
         vf_pages=found.vf_pages,

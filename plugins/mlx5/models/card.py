@@ -4,7 +4,8 @@ Each part's rules are in its own module; here is what ties them: whose pages are
 hears, what a reset takes away. It must not know BARs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from plugins.mlx5.models.caps import Capabilities
 from plugins.mlx5.models.commands_boot import BootCommands
@@ -13,7 +14,7 @@ from plugins.mlx5.models.commands_migration import MigrationCommands
 from plugins.mlx5.models.commands_objects import ObjectCommands
 from plugins.mlx5.models.commands_pages import PageCommands
 from plugins.mlx5.models.commands_tracker import TrackerCommands
-from plugins.mlx5.models.eq import COMMAND, PAGE_REQUEST, EventQueues
+from plugins.mlx5.models.eq import COMMAND, PAGE_REQUEST, VPORT_CHANGE, EventQueues
 from plugins.mlx5.models.eswitch import Eswitch
 from plugins.mlx5.models.firmware import Firmware, Stage
 from plugins.mlx5.models.image import Geometry, Pattern
@@ -313,6 +314,11 @@ class Card:
     def command_finished(self, entry: int) -> None:
         """An entry was given back: who subscribed is told."""
         self.events.send(COMMAND, (1 << entry).to_bytes(4, "big"))
+
+    def vport_wants(self, number: int, wanted: Mapping[str, Any]) -> None:
+        """A function's driver, or its state, wants other frames: who has asked for it is told, once."""
+        if self.eswitch.vport(number).want(wanted):
+            self.events.send(VPORT_CHANGE, b"\0\0" + number.to_bytes(2, "big"))
 
     def events_changed(self) -> None:
         """A new event queue: requests that nobody could hear are sent now."""

@@ -1,7 +1,7 @@
 """The commands by which the PF sets the e-switch up, the way without offloads. The books are `eswitch`'s."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from plugins.mlx5.models.caps import Capabilities
 from plugins.mlx5.models.commands_objects import addresses, must
@@ -11,6 +11,10 @@ from plugins.mlx5.models.eswitch import (
     FDB,
     FORWARD,
     INGRESS_ACL,
+    MOST_MACS,
+    MULTICAST,
+    PROMISC,
+    UNICAST,
     Entry,
     Eswitch,
     Vport,
@@ -22,6 +26,7 @@ from plugins.mlx5.models.status import RefusedError, Status
 
 OK = PLAIN_OUT.pack()
 DESTINATION = 8
+MAC_ENTRY = 8
 VPORT = (bits("other_vport", 8, 31), bits("vport_number", 8, 15, 0))
 TABLE = (*VPORT, bits("table_type", 0x10, 31, 24))
 TABLE_ID = (*TABLE, bits("table_id", 0x14, 23, 0))
@@ -67,7 +72,9 @@ STATE_OUT = output(
     "QUERY_VPORT_STATE", 0x10, bits("speed", 0xC, 31, 16), bits("admin", 0xC, 7, 4), bits("state", 0xC, 3, 0)
 )
 QUERY_NIC = command("QUERY_NIC_VPORT_CONTEXT", 0x10, *VPORT, bits("list", 0xC, 26, 24))
-NIC_OUT = output("QUERY_NIC_VPORT_CONTEXT", 0x110, bits("size", 0x100, 15, 0), raw("mac", 0x106, 6))
+NIC_OUT = output(
+    "QUERY_NIC_VPORT_CONTEXT", 0x110, bits("promisc", 0x100, 31, 29), bits("size", 0x100, 15, 0), raw("mac", 0x106, 6)
+)
 MODIFY_NIC = command(
     "MODIFY_NIC_VPORT_CONTEXT",
     0x200,
@@ -82,6 +89,17 @@ MODIFY_NIC = command(
     u64("guid", 0x138),
     raw("mac", 0x1F6, 6),
 )
+MODIFY_OWN = command(
+    "MODIFY_NIC_VPORT_CONTEXT",
+    0x200,
+    *VPORT,
+    bits("select_promisc", 0xC, 4),
+    bits("select_list", 0xC, 2),
+    bits("promisc", 0x1F0, 31, 29),
+    bits("list_type", 0x1F0, 26, 24),
+    bits("list_size", 0x1F0, 11, 0),
+)
+"""As the function whose vport it is sends it: with the list of one kind behind it."""
 MODIFY_ESW = command(
     "MODIFY_ESW_VPORT_CONTEXT",
     0x110,
@@ -232,12 +250,7 @@ class EswitchCommands:
         return OK
 
     def _query_nic(self, call: Call) -> bytes:
-        port = self._vport(call)
-        macs = port.macs(call.values["list"])
-        call.want_room(0x110)
-        room = (call.room - 0x110) // 8
-        head = NIC_OUT.pack(size=min(len(macs), room), mac=port.mac)
-        return head + b"".join(mac.to_bytes(8, "big") for mac in macs[:room])
+        return _nic_context(self._vport(call), call)
 
     def _modify_nic(self, call: Call) -> bytes:
         v, port = call.values, self._vport(call)
@@ -250,7 +263,8 @@ class EswitchCommands:
         if v["select_mac"]:
             port.mac = v["mac"]
         if v["select_event"]:
-            port.armed = v["arm"]
+            kinds = v["on_unicast"] << UNICAST | v["on_multicast"] << MULTICAST | v["on_promisc"] << PROMISC
+            port.armed = kinds if v["arm"] else 0
         return OK
 
     def _query_esw(self, call: Call) -> bytes:
@@ -263,3 +277,55 @@ class EswitchCommands:
             must(not v[select] or bool(self._card.pf_caps.get(cap)), 0x947, f"{select} without the capability")
         port.vlan = v["context"]
         return OK
+
+
+class OwnVportCommands:
+    """A VF's, about its own vport: `port` is that, `wanted` is called with what it is to be from now on."""
+
+    def __init__(self, port: Callable[[], Vport], want: Callable[[Mapping[str, Any]], None]) -> None:
+        self._port = port
+        self._want = want
+
+    def commands(self) -> Iterable[Command]:
+        """All of them."""
+        return (
+            Command(0x754, QUERY_NIC, self._query, out=0x110),
+            Command(0x755, MODIFY_OWN, self._modify, element=MAC_ENTRY),
+        )
+
+    def _query(self, call: Call) -> bytes:
+        self._check_own(call)
+        return _nic_context(self._port(), call)
+
+    def _modify(self, call: Call) -> bytes:
+        v = call.values
+        self._check_own(call)
+        must(bool(v["select_promisc"]) or not v["promisc"], 0x949, "a mode that is not selected")
+        must(bool(v["select_list"]) or not (v["list_type"] or v["list_size"]), 0x94A, "a list that is not selected")
+        must(v["list_size"] == len(call.tail) // MAC_ENTRY, 0x94B, f"{len(call.tail)} bytes of {v['list_size']} MACs")
+        must(v["list_type"] in (UNICAST, MULTICAST), 0x94C, f"there is no list of type {v['list_type']}")
+        must(v["list_size"] <= MOST_MACS, 0x94D, f"{v['list_size']} MACs")
+        wanted = self._port().wanted()
+        if v["select_promisc"]:
+            wanted["promisc"] = v["promisc"]
+        if v["select_list"]:
+            macs = addresses(call.tail)
+            must(not any(mac >> 48 for mac in macs), 0x94E, "ones beside a MAC")
+            must(all(mac >> 40 & 1 == v["list_type"] for mac in macs), 0x94F, "a MAC in the other list")
+            wanted["lists"][str(v["list_type"])] = list(macs)
+        self._want(wanted)
+        return OK
+
+    @staticmethod
+    def _check_own(call: Call) -> None:
+        if call.values["other_vport"] or call.values["vport_number"]:
+            raise RefusedError(Status.BAD_PARAM, 0x948, "a VF sees its own vport only")
+
+
+def _nic_context(port: Vport, call: Call) -> bytes:
+    """What a vport's own driver wants, and one of its lists, as far as there is room for it."""
+    macs = port.macs(call.values["list"])
+    call.want_room(0x110)
+    room = (call.room - 0x110) // MAC_ENTRY
+    head = NIC_OUT.pack(size=min(len(macs), room), mac=port.mac, promisc=port.promisc)
+    return head + b"".join(mac.to_bytes(MAC_ENTRY, "big") for mac in macs[:room])

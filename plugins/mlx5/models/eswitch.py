@@ -4,7 +4,9 @@ It keeps the books and refuses what cannot be; frames do not pass through it (a 
 must not know the commands' forms.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from plugins.mlx5.models.status import RefusedError, Status
 
@@ -14,6 +16,9 @@ ALLOW, DROP, FORWARD = 1, 2, 4
 TO_VPORT, TO_TABLE, TO_UPLINK = 0, 1, 8
 DOWN, UP, AUTO = 0, 1, 2
 BROADCAST = (1 << 48) - 1
+UNICAST, MULTICAST, PROMISC = 0, 1, 3
+"""What of a vport may change: the numbers of its lists, and the bits by which an event is asked for."""
+MOST_MACS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +66,32 @@ class Vport:
     admin: int = DOWN
     speed: int = 0
     armed: int = 0
+    """Bits of what the next change of is told; then none."""
     guid: int = 0
     vlan: int = 0
+    promisc: int = 0
+    lists: dict[int, list[int]] = field(default_factory=dict)
+    """What its own driver has asked for; a list that is not there is as after a reset."""
 
     def macs(self, kind: int) -> list[int]:
-        """The list of unicast (0) or multicast (1) addresses that the port's own driver wants."""
-        return [self.mac] if kind == 0 else [BROADCAST] if kind == 1 else []
+        """The list of unicast or multicast addresses that the port's own driver wants."""
+        usual = {UNICAST: [self.mac], MULTICAST: [BROADCAST]}
+        return self.lists.get(kind, usual.get(kind, []))
+
+    def wanted(self) -> dict[str, Any]:
+        """What its own driver has asked for, as part of a function's saved state."""
+        return {"promisc": self.promisc, "lists": {str(kind): macs for kind, macs in self.lists.items()}}
+
+    def want(self, wanted: Mapping[str, Any]) -> bool:
+        """Counterpart of `wanted`, as a whole. Returns whether somebody has asked to be told of the change."""
+        before = {**{kind: self.macs(kind) for kind in (UNICAST, MULTICAST)}, PROMISC: [self.promisc]}
+        self.promisc = int(wanted["promisc"])
+        self.lists = {int(kind): [int(mac) for mac in macs] for kind, macs in wanted["lists"].items()}
+        after = {**{kind: self.macs(kind) for kind in (UNICAST, MULTICAST)}, PROMISC: [self.promisc]}
+        told = any(self.armed >> kind & 1 and before[kind] != after[kind] for kind in after)
+        if told:
+            self.armed = 0
+        return told
 
 
 class Eswitch:

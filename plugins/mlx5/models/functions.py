@@ -9,9 +9,11 @@ What is behind the registers is the card's. It must not know sockets.
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 from plugins.mlx5.models.card import VECTORS, Card
 from plugins.mlx5.models.commands_boot import VfCommands
+from plugins.mlx5.models.commands_eswitch import OwnVportCommands
 from plugins.mlx5.models.engine import PAIRS, Engine
 from plugins.mlx5.models.firmware import Firmware, Stage
 from plugins.mlx5.models.options import Options
@@ -66,11 +68,12 @@ class PfModel(Model):
         self._segment = Segment(
             lambda: self.bus,
             self._queue,
-            card.options.firmware,
+            card.options,
             card.orders,
             card.violations,
             ready=lambda: True,
             restart=self.reset,
+            heeds_health=True,
         )
         self._cq_value = 0
         card.queue, card.segment = self._queue, self._segment
@@ -147,7 +150,7 @@ class VfModel(Model):
         segment = Segment(
             lambda: self.bus,
             queue,
-            card.options.firmware,
+            card.options,
             card.orders,
             card.guests,
             ready=lambda: vhca.enabled,
@@ -160,7 +163,13 @@ class VfModel(Model):
             lambda iova, length: card.tracker.wrote(vhca.vhca_id, iova, length),
             lambda: self.config.bus_master,
         )
-        vhca.function = parts = Function(segment, queue, engine)
+        number = vhca.function_id
+
+        def want(wanted: Mapping[str, Any]) -> None:
+            card.vport_wants(number, wanted)
+
+        vhca.function = parts = Function(segment, queue, engine, lambda: card.eswitch.vport(number).wanted(), want)
+        firmware.add(OwnVportCommands(lambda: card.eswitch.vport(number), want).commands())
         firmware.add(
             VfCommands(
                 card.options, vhca.caps, lambda: parts.issi, lambda issi: setattr(parts, "issi", issi)

@@ -21,6 +21,8 @@ class Options:
     image_size: int = 1 << 20
     chunk_size: int = 1 << 20
     save_rate: float = 8e9
+    command_seconds: int = 60
+    """What the initialization segment says that a command may take."""
     boot_pages: int = 64
     init_pages: int = 600
     vf_pages: int = 32

@@ -12,7 +12,7 @@
     bit-flip                           one bit of a saved image is wrong
     event-lost                         an event is not written to its queue
     tracker-error                      a report of dirty pages ends in the state `error`
-    health:SYNDROME                    the health buffer reports it and asks for a reset
+    health:SYNDROME                    the PF's health buffer reports it and asks for a reset
     health-stuck                       the health counter does not advance (while ordered, -1 for always)
     firmware-dead                      all registers read as ones (while ordered)
 

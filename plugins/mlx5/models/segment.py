@@ -6,6 +6,7 @@ The registers are those of `plugins.mlx5.registers`; it must not know commands.
 from collections.abc import Callable
 
 from plugins.mlx5 import registers as reg
+from plugins.mlx5.models.options import Options
 from plugins.mlx5.models.orders import Orders
 from plugins.mlx5.models.queue import LOG_SIZE, LOG_STRIDE, CommandQueue
 from plugins.mlx5.models.status import Violations
@@ -15,9 +16,9 @@ BOOT_SECONDS = 0.02
 QUEUE_SECONDS = 0.005
 """How long `initializing` stays up after a reset, and after the queue's address was written."""
 COUNTER_HERTZ = 1000
-EXEC_TIMEOUT = 1 << 29 | 60
+IN_SECONDS = 1 << 29
 INIT_TIMEOUT = 2000
-"""60 s and 2000 ms, in the registers' form."""
+"""2000 ms, and the unit of seconds, in the registers' form."""
 HEALTH_HW_ID = 0x234
 HARDWARE_ID = 0x0218
 _SEVERITY_VALID = 1 << 27
@@ -27,6 +28,7 @@ ONES = 0xFFFFFFFF
 
 class Segment:
     """`ready` says whether the function may be done with initializing; a VF is not before it was enabled.
+    `heeds_health`: a health error that is ordered shows here; it is the PF's.
 
     Writes with ones in reserved bits are counted and do nothing (model).
     """
@@ -35,28 +37,30 @@ class Segment:
         self,
         bus: Callable[[], Bus],
         queue: CommandQueue,
-        firmware: tuple[int, int, int],
+        options: Options,
         orders: Orders,
         violations: Violations,
         *,
         ready: Callable[[], bool],
         restart: Callable[[], None],
+        heeds_health: bool = False,
     ) -> None:
         self._bus = bus
         self._queue = queue
-        major, minor, sub = firmware
+        major, minor, sub = options.firmware
         self._constant = {
             reg.FW_REV: minor << 16 | major,
             reg.CMDIF_REV_FW_SUB: reg.CMD_INTERFACE_REV << 16 | sub,
             reg.HEALTH_FW_VER: major << 24 | minor << 12 | sub,
             HEALTH_HW_ID: HARDWARE_ID,
-            reg.CMD_EXEC_TIMEOUT: EXEC_TIMEOUT,
+            reg.CMD_EXEC_TIMEOUT: IN_SECONDS | options.command_seconds,
             reg.CMD_INIT_TIMEOUT: INIT_TIMEOUT,
         }
         self._orders = orders
         self._violations = violations
         self._ready = ready
         self._restart = restart
+        self._heeds_health = heeds_health
         self._busy_until = 0.0
         self._nic = reg.NIC_FULL
         self._high = 0
@@ -111,8 +115,7 @@ class Segment:
         return self._bus().now() < self._busy_until
 
     def _dword(self, at: int) -> int:
-        ordered = self._orders.health()
-        if ordered is not None:
+        if self._heeds_health and (ordered := self._orders.health()) is not None:
             self.fail(ordered)
         if self._orders.lasts("firmware-dead"):
             return ONES

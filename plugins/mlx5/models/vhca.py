@@ -4,7 +4,9 @@ It must not know commands, their forms or the PF's memory; `migration` moves it.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from plugins.mlx5.models.caps import Capabilities
 from plugins.mlx5.models.engine import Engine
@@ -29,6 +31,9 @@ class Function:
     segment: Segment
     queue: CommandQueue
     engine: Engine
+    wanted: Callable[[], Mapping[str, Any]]
+    want: Callable[[Mapping[str, Any]], None]
+    """What it wants its vport to let in: as it is, and as it is to be."""
     issi: int = 0
 
 
@@ -94,6 +99,7 @@ class Vhca:
             self.function.queue.reset()
             self.function.segment.reset()
             self.function.issi = 0
+            self.function.want({"promisc": 0, "lists": {}})
 
     # bodies
 
@@ -110,6 +116,7 @@ class Vhca:
             "queue": self.parts.segment.snapshot(),
             "waiting": self.parts.queue.waiting,
             "issi": self.parts.issi,
+            "vport": self.parts.wanted(),
         }
         meta = pack_meta(state, wire)
         if incremental:
@@ -142,6 +149,7 @@ class Vhca:
         parts.segment.restore(state["queue"])
         parts.queue.restore(state["waiting"])
         parts.issi = state["issi"]
+        parts.want(state["vport"])
 
 
 def fresh_key(seed: str, index: int, generation: int) -> bytes:

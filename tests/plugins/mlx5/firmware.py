@@ -86,6 +86,8 @@ class FakeConnectx(FakeHost):
         self.chunks = chunks
         self.refuse = {}
         self.mute = set()
+        self.wrong_token = set()
+        """Opcodes whose next entry comes back with another token."""
         self.log = []
         """(opcode, op_mod, input) of every command."""
         self.boot_pages, self.init_pages = 3, 700
@@ -212,6 +214,9 @@ class FakeConnectx(FakeHost):
             assert len(out) == room, f"{opcode:#x}: room for {room}, {len(out)} due"
         self.put_chain(u64(entry, 0x30), out[16:], token)
         self.poke(place + 0x20, bytes(out[:16]))
+        if opcode in self.wrong_token:
+            self.wrong_token.discard(opcode)
+            self.poke(place + 0x3C, bytes([token ^ 0xFF]))
         self.poke(place + 0x3F, b"\0")
 
     def complete_stuck(self):
@@ -279,6 +284,9 @@ class FakeConnectx(FakeHost):
                 page = u64(data, 16 + 8 * n)
                 self.peek(page, 4096)
                 mine.append(page)
+            return bytes(16)
+        if mod == 0:
+            assert not count
             return bytes(16)
         assert mod == 2
         given, self.pages[function] = mine[:count], mine[count:]

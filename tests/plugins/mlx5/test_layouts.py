@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.mlx5 import contexts, layouts
-from plugins.mlx5.bits import Layout, bits, whole
+from plugins.mlx5.bits import Layout, bits, table, whole
 from plugins.mlx5.mailboxes import STRIDE, Chain, blocks_for, entry, xor8
 from plugins.mlx5.records import stop_copy_size
 from vfu_server.errors import PluginError
@@ -213,6 +213,19 @@ def test_a_chain_carries_messages_of_any_length(length, token, signed):
 def test_a_table_that_cannot_be_meant_is_refused(fields):
     with pytest.raises(PluginError):
         Layout("wrong", 8, fields)
+
+
+def test_a_row_says_where_a_field_is():
+    layout = table("t", 0x20, "a @0x0[31:16]\n b @0x4[3]\n c @0x8\n d @0x10+6")
+    assert layout == Layout("t", 0x20, (bits("a", 0, 31, 16), bits("b", 4, 3, 3), bits("c", 8), whole("d", 0x10, 6)))
+
+
+@pytest.mark.parametrize(
+    "row", ["a", "a 0x4", "a @4", "a @0x4[]", "a @0x4[1:2:3]", "a @0x4[3]+8", "a @0x4 b", "a @0x8"]
+)
+def test_a_row_that_says_nothing_is_refused(row):
+    with pytest.raises(PluginError):
+        table("wrong", 8, row)
 
 
 def test_what_does_not_fit_is_refused():

@@ -7,8 +7,10 @@ import contextlib
 import pytest
 
 from plugins.mlx5.models.traffic import Traffic
-from tests.end_to_end.served import Process
+from tests.end_to_end.served import Process, until
 from tests.plugins.mlx5.served import MB, GuestPort, Served, card_of, card_state, server_of, two
+from tests.plugins.mlx5_model.raw import Raw
+from tests.plugins.mlx5_model.test_eswitch import UNICAST, wanting
 from vfu_server.testing import Guest, GuestMemory, migrate_guest, save
 from vfu_server.testing.client import dirty_pages
 from vfu_server.testing.wire import ReplyError
@@ -44,6 +46,34 @@ def test_a_function_moves_with_its_frames(tmp_path, arguments, pre_copy):
             left = side.registers
             for what in ("violations", "stage", "mkeys", "pds", "eqs", "uars", "trackers", "flow_tables"):
                 assert left[what] == 0, (what, left)
+
+
+class QueuePort(GuestPort):
+    """For a guest's own command queue."""
+
+    def wait(self, until, what="a command", seconds=60.0):
+        super().wait(until, what)
+
+
+@pytest.mark.deadline(300)
+def test_what_a_guest_wants_to_hear_is_let_in_here_and_where_it_goes(tmp_path):
+    """Its driver's lists change by event 0x0d, and by a state that comes in; the e-switch follows."""
+    with two(tmp_path) as (first, second), first.guest() as here, second.guest() as there:
+        here.start()
+        before = {side: side.registers["flow_entries"] for side in (first, second)}
+        queue = Raw(QueuePort(here), start=4 * MB, end=8 * MB)
+        queue.power_on()
+        queue.command(wanting(UNICAST, 0x02AA, 0x02BB, 0x02CC))
+        until(lambda: first.registers["flow_entries"] == before[first] + 3, "rules of its three addresses")
+        queue.command(wanting(UNICAST, 0x02AA, 0x02BB))
+        until(lambda: first.registers["flow_entries"] == before[first] + 2, "the event asked for again")
+        there.plug_in()
+        there.machine_reset()
+        migrate_guest(here, there)
+        until(lambda: second.registers["flow_entries"] == before[second] + 2, "the same rules over there")
+        here.client.reset()
+        until(lambda: first.registers["flow_entries"] == before[first], "no rules for what is not there any more")
+        assert first.registers["violations"] == second.registers["violations"] == 0
 
 
 @pytest.mark.deadline(300)

@@ -8,12 +8,13 @@ from trio.testing import trio_test
 
 from plugins.mlx5.events import VAIN
 from plugins.mlx5.records import HEADER
+from plugins.mlx5.status import PfDeadError
 from tests.plugins.mlx5.driven import P2P, Kept, images, opened, started, stopped, until
 from vfu_server.device import SavePhase, Section
 from vfu_server.errors import HostError, StateLostError
 
 DOORBELL, HEALTH, EQ_DOORBELL = 0x18, 0x23C, 0x40
-SUSPEND, SAVE, LOAD, MANAGE_PAGES, DESTROY_MKEY = 0x115, 0x118, 0x119, 0x108, 0x202
+SUSPEND, QUERY_STATE, MANAGE_PAGES, DESTROY_MKEY = 0x115, 0x117, 0x108, 0x202
 CREATE_OBJECT, QUERY_OBJECT, DESTROY_OBJECT = 0xA00, 0xA02, 0xA03
 
 
@@ -216,3 +217,82 @@ async def test_a_tracker_that_cannot_be_destroyed_is_destroyed_before_the_next(c
         assert await log.report(0, 0x40000, 4096) == b"\x08" + bytes(7)
         await log.stop()
         assert pf.objects == {}
+
+
+# --- what the failure matrix has found
+
+
+@trio_test
+async def test_pages_that_came_back_with_another_token_are_the_firmwares(caplog):
+    """They may be in use: given twice, or back to us, they would be two functions' at once."""
+    async with opened() as (pf, _, device):
+        pf.wrong_token = {MANAGE_PAGES}
+        pf.event(0x0B, b"\0\0\0\1\0\0\0\x04")
+        await until(lambda: "came back with another token" in caplog.text)
+        assert device.statistics()["pf_pages"] == 703 + 4
+        assert len(pf.pages[1]) == 4
+
+
+@trio_test
+async def test_a_suspension_that_came_back_with_another_token_is_a_lost_state():
+    async with opened() as (pf, _, device):
+        pf.wrong_token = {SUSPEND}
+        with pytest.raises(StateLostError, match="another token"):
+            await device.stop(P2P)
+        await device.reset()
+        await stopped(device)
+        await started(device)
+
+
+@trio_test
+async def test_the_firmware_is_told_that_pages_it_has_refused_are_all_there_is():
+    async with opened() as (pf, _, _):
+        pf.refuse[MANAGE_PAGES] = [4]
+        pf.log.clear()
+        pf.event(0x0B, b"\0\0\0\1\0\0\0\x04")
+        await until(lambda: len(pf.log) == 2)
+        assert [(opcode, mod) for opcode, mod, _ in pf.log] == [(MANAGE_PAGES, 1), (MANAGE_PAGES, 0)]
+
+
+@trio_test
+async def test_an_entry_for_pages_that_is_never_given_back_is_replaced(autojump_clock):
+    async with opened() as (pf, _, device):
+        pf.mute.add(MANAGE_PAGES)
+        pf.event(0x0B, b"\0\0\0\1\0\0\0\x04")
+        await trio.sleep(70)
+        pf.mute.clear()
+        pf.event(0x0B, b"\0\0\0\1\0\0\0\x02")
+        await until(lambda: len(pf.pages.get(1, ())) == 2)
+        free = len(device._pf.queue._free)
+        pf.complete_stuck()
+        await stopped(device)
+        assert len(device._pf.queue._free) == free + 1
+        await started(device)
+
+
+@trio_test
+async def test_a_queue_without_entries_left_is_a_dead_function(autojump_clock, caplog):
+    async with opened() as (pf, _, device):
+        pf.mute.add(QUERY_STATE)
+        for _ in range(31):
+            with pytest.raises(HostError, match="did not complete within 3 s"):
+                await device.estimate()
+        pf.mute.clear()
+        await until(lambda: pf.resets)
+        assert "commands that never completed" in caplog.text
+        await until(lambda: device._pf.queue.failure is None and not device._pf._lock.locked())
+        await device.reset()
+        assert await device.estimate() == len(pf.image)
+
+
+@trio_test
+async def test_a_function_whose_physical_ones_driver_has_ended_lets_go_without_a_word():
+    async with opened() as (_, _, device):
+        owner = device._pf
+        await device.save_begin()
+        await device.save(SavePhase.PRE_COPY, Kept())
+        owner.queue.fail(PfDeadError("it is gone"))
+        owner.ended = True
+        with pytest.raises(PfDeadError):
+            await device.load_begin()
+        await device.aclose()

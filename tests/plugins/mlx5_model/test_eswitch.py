@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from tests.plugins.mlx5_model.bench import Card
-from tests.plugins.mlx5_model.raw import Raw, StatusError, put, words
+from tests.plugins.mlx5_model.raw import Buffer, EventQueue, Raw, StatusError, put, words
 
 BAD_OP, BAD_PARAM, BAD_RES, BUSY, BAD_STATE, BAD_INDEX = 2, 3, 5, 6, 9, 0xA
 FDB = 4
@@ -132,3 +132,96 @@ def test_tables_that_are_left_are_leaks(card, raw):
     raw.command(create_table())
     raw.simple(0x103)
     assert card.state()["violation.leak"] == 3
+
+
+VPORT_CHANGE = 0x0D
+UNICAST, MULTICAST = 0, 1
+
+
+def wanting(kind: int, *macs: int, promisc: int | None = None, opcode: int = 0x755) -> bytes:
+    """A VF's own driver asks for other frames."""
+    head = put(
+        0x200,
+        (0, 16, opcode),
+        (0xC, 0, (4 if promisc is None else 0) | (0 if promisc is None else 0x10)),
+        (0x1F0, 29, promisc or 0),
+        (0x1F0, 24, kind if promisc is None else 0),
+        (0x1F0, 0, len(macs)),
+    )
+    return head + b"".join(mac.to_bytes(8, "big") for mac in macs)
+
+
+def arm(raw: Raw, number: int, what: int) -> None:
+    raw.command(put(0x200, (0, 16, 0x755), (8, 31, 1), (8, 0, number), (0xC, 0, 0x20), (0x104, 0, 1 << 31 | what)))
+
+
+def listed(raw: Raw, number: int, kind: int) -> list[int]:
+    out = raw.command(put(16, (0, 16, 0x754), (8, 31, 1), (8, 0, number), (0xC, 24, kind)), 0x110 + 64)
+    count = words(out[0x100:0x104])[0] & 0xFFFF
+    return [int.from_bytes(out[0x110 + 8 * n : 0x118 + 8 * n], "big") for n in range(count)]
+
+
+def changes(raw: Raw, kept: EventQueue) -> list[int]:
+    """The vports of which a change was told."""
+    raw.settle()
+    found = kept.read()
+    assert {event[1] for event in found} <= {VPORT_CHANGE}
+    return [int.from_bytes(event[0x22:0x24], "big") for event in found]
+
+
+def test_a_change_that_was_asked_for_is_told_once(card, raw):
+    queue = EventQueue(raw, 1 << VPORT_CHANGE)
+    raw.enable_vf(0)
+    vf = Raw(card.vfs[0], end=4 << 20)
+    vf.power_on()
+    own = listed(raw, 1, UNICAST)[0]
+    vf.command(wanting(UNICAST, own, 0x02AA))
+    assert changes(raw, queue) == [], "nobody has asked"
+    arm(raw, 1, 0b0001)
+    vf.command(wanting(UNICAST, own, 0x02AA))
+    vf.command(wanting(MULTICAST, 0x3333_0000_0001))
+    vf.command(wanting(0, promisc=4))
+    assert changes(raw, queue) == [], "nothing of what was asked for has changed"
+    vf.command(wanting(UNICAST, own, 0x02BB, 0x02CC))
+    vf.command(wanting(UNICAST, own))
+    assert changes(raw, queue) == [1], "the next one is for who asks again"
+    assert (listed(raw, 1, UNICAST), listed(raw, 1, MULTICAST)) == ([own], [0x3333_0000_0001])
+    arm(raw, 1, 0b1010)
+    vf.command(wanting(0, promisc=0))
+    assert changes(raw, queue) == [1]
+    arm(raw, 1, 0b1010)
+    card.models["vf0"].reset()
+    assert changes(raw, queue) == [1], "a reset forgets its lists"
+    assert listed(raw, 1, MULTICAST) == [(1 << 48) - 1]
+    assert card.violations == 0
+
+
+def test_what_a_vf_cannot_want(card, raw):
+    raw.enable_vf(0)
+    vf = Raw(card.vfs[0], end=4 << 20)
+    vf.power_on()
+    assert status(vf.command, wanting(UNICAST, 1 << 40)) == BAD_PARAM
+    assert status(vf.command, wanting(MULTICAST, 0x02AA)) == BAD_PARAM
+    assert status(vf.command, wanting(2, 0x02AA)) == BAD_PARAM
+    assert status(vf.command, wanting(UNICAST, *range(2, 200))) == BAD_PARAM
+    assert status(vf.simple, 0x754, 0, 1 << 31 | 2, room=0x110) == BAD_PARAM
+    assert card.violations == 0
+
+
+def test_what_a_vf_wants_moves_with_it_and_is_told_over_there():
+    here, there = Card(vfs=1, seed="a"), Card(vfs=1, seed="b")
+    raws = [Raw(each.pf).boot() for each in (here, there)]
+    ids = [raw.enable_vf(0) for raw in raws]
+    vf = Raw(here.vfs[0], end=4 << 20)
+    vf.power_on()
+    vf.command(wanting(UNICAST, 0x02AA, 0x02BB))
+    queue = EventQueue(raws[1], 1 << VPORT_CHANGE)
+    arm(raws[1], 1, 1)
+    for raw, vhca in zip(raws, ids, strict=True):
+        raw.stop(vhca)
+    images = raws[0].save_all(ids[0], Buffer(raws[0], 2 << 20))
+    buffer = Buffer(raws[1], 2 << 20)
+    for image in images:
+        raws[1].load(ids[1], buffer, image)
+    assert changes(raws[1], queue) == [1]
+    assert listed(raws[1], 1, UNICAST) == [0x02AA, 0x02BB]
