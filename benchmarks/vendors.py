@@ -1,7 +1,8 @@
 """Whole migrations of the vendors' plugins before their software models: how long each step keeps the guest waiting.
 
-Nothing is compared: there is no other program that migrates these models. The hardware is software, so what a firmware
-takes for a save is the model's; the server's part, and how it grows with the state, is what can be read here.
+They are compared with nothing: there is no other program that migrates these models. The hardware is software, so what
+a firmware takes for a save is the model's; the server's part, and how it grows with the state, is what can be read
+here. One part is compared: an image that the firmware has written, on its way from its memory to the socket.
 """
 
 import time
@@ -12,13 +13,17 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.machine import Machine
-from benchmarks.processes import Running, python
-from benchmarks.rows import Row, absolute
+from benchmarks.native_build import program
+from benchmarks.processes import Running, load, python
+from benchmarks.rounds import interleaved
+from benchmarks.rows import Goal, Row, absolute, compared
 from plugins.hns.models.traffic import Traffic
 from vfu_server.testing import Guest, migrate
 from vfu_server.testing.migrate import MigrationRecord
 
 MIB = 1 << 20
+CHUNK = MIB
+IMAGE = 1 << 30
 STEPS = ("source STOP_COPY", "stop-copy data", "destination RUNNING")
 """What the downtime is made of, besides memory, which is the VMM's."""
 QUESTIONS = 300
@@ -60,7 +65,8 @@ SUBJECTS = (
 
 
 def measure(machine: Machine, rounds: int, where: Path) -> Iterator[Row]:
-    """All rows about whole migrations."""
+    """All rows about whole migrations, and about large images."""
+    yield from _images(machine, rounds, where)
     for number, subject in enumerate(SUBJECTS):
         with ExitStack() as stack:
             sockets = [_served(stack, machine, where, f"{number}{side}", subject) for side in "ab"]
@@ -101,6 +107,32 @@ def _rows(subject: Subject, records: list[MigrationRecord]) -> Iterator[Row]:
         for record in records
     ]
     yield absolute(f"state of {subject.name}, from firmware to firmware", "MiB/s", median(rates))
+
+
+def _images(machine: Machine, rounds: int, where: Path) -> Iterator[Row]:
+    """A state of 1 GiB: in one image, from when the firmware has written it; and in chunks, firmware included."""
+    registers, peer = where / "registers", where / "peer.sock"
+    registers.write_bytes(bytes(64 << 10))
+    with ExitStack() as stack:
+        stack.enter_context(Running(machine.bound([str(program("peer")), str(peer), str(registers), str(IMAGE)])))
+        sock = _served(stack, machine, where, "image", _large("--no-chunks"))
+        ours, theirs = interleaved(rounds, lambda: _rate(machine, sock, "flow"), lambda: _rate(machine, peer, "flow"))
+    name = "save of mlx5, one image of 1 GiB, from the firmware's memory to the socket, summed"
+    yield compared(name, "MiB/s", ours, theirs, Goal(0.85, at_most=False))
+    with ExitStack() as stack:
+        sock = _served(stack, machine, where, "chunks", _large())
+        rates = [_rate(machine, sock, "save") for _ in range(rounds)]
+    name = "save of mlx5, 1 GiB in chunks, the firmware's writing included"
+    yield absolute(name, "MiB/s", median(rates), reason="the firmware is a Python program beside the server")
+
+
+def _large(*how: str) -> Subject:
+    return Subject("mlx5", "mlx5", "plugins.mlx5.models", ("connectx", "--image-size", str(IMAGE), *how), False)
+
+
+def _rate(machine: Machine, sock: Path, test: str) -> float:
+    """MiB a second, of the client's test."""
+    return IMAGE / MIB / load(machine, sock, test, IMAGE, CHUNK, far=True)[-1]
 
 
 def _questions(sock: Path) -> Row:

@@ -7,6 +7,7 @@
  *     posted         COUNT posted 4-byte writes, then one read: the whole time
  *     dma            COUNT times DMA_MAP and DMA_UNMAP of 4 KiB: the whole time
  *     save           migration data in messages of BYTES up to its end, COUNT bytes at least, to FILE if named
+ *     flow           as save, the time counted from the first message that is full: what comes before was not ready yet
  *     load           COUNT bytes of FILE as migration data in messages of BYTES, until the device has taken it
  *     drain          COUNT bytes from a server that speaks no protocol
  */
@@ -172,12 +173,13 @@ dma(long count)
     }
 }
 
-static void
+/* Returns when the first message came that is full. */
+static uint64_t
 save(uint64_t bytes, uint32_t chunk, const char *path)
 {
     FILE *file = path != NULL ? fopen(path, "wb") : NULL;
     uint32_t message[2] = { 8 + chunk, chunk };
-    uint64_t got = 0;
+    uint64_t got = 0, flows = 0;
 
     if (path != NULL && file == NULL) {
         err(1, "%s", path);
@@ -193,6 +195,9 @@ save(uint64_t bytes, uint32_t chunk, const char *path)
             break;
         }
         got += size;
+        if (flows == 0 && size == chunk) {
+            flows = now();
+        }
         if (file != NULL && fwrite(room + 8, 1, size, file) != size) {
             err(1, "%s", path);
         }
@@ -200,6 +205,7 @@ save(uint64_t bytes, uint32_t chunk, const char *path)
     if (got < bytes || (file != NULL && fclose(file) != 0)) {
         errx(1, "%lu bytes came, %lu were to come", got, bytes);
     }
+    return flows;
 }
 
 static const char *
@@ -267,6 +273,9 @@ main(int argc, char **argv)
         set_state(STOP_COPY);
         began = now();
         save((uint64_t)count, (uint32_t)bytes, path);
+    } else if (strcmp(test, "flow") == 0) {
+        set_state(STOP_COPY);
+        began = save((uint64_t)count, (uint32_t)bytes, path);
     } else if (strcmp(test, "load") == 0) {
         data = map_file(path, (uint64_t)count);
         set_state(RESUMING);
