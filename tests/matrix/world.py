@@ -83,7 +83,8 @@ class World:
     async def pause(self) -> None:
         """Wait for nothing, and let time pass once all others have nothing to do, worker threads included.
 
-        Nor may a client have its answer and not have come to read it, on a busy machine: its patience goes by this clock.
+        Nor may a client have its answer and not have come to read it, on a busy machine: its patience goes
+        by this clock.
         """
         await wait_all_tasks_blocked()
         threads = trio.to_thread.current_default_thread_limiter().borrowed_tokens
