@@ -67,7 +67,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def is_gone(pid: int, seconds: float = 5.0) -> bool:
+def is_gone(pid: int, seconds: float = 30.0) -> bool:
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -81,7 +81,7 @@ def edu_id(client: Client) -> int:
 
 
 def client_of(path) -> Client:
-    client = Client.connect(str(path))
+    client = Client.connect(str(path), timeout=30.0)
     try:
         client.negotiate()
     except BaseException:
@@ -408,7 +408,7 @@ def test_socket_activation(folder, names, fdnames, extra) -> None:
         with client_of(edu) as client:
             assert edu_id(client) == 0x010000ED
         process.send_signal(signal.SIGTERM)
-        log = process.communicate(timeout=5)[1]
+        log = process.communicate(timeout=30)[1]
     finally:
         process.kill()
         process.communicate()
