@@ -122,10 +122,9 @@ class Side(TrioThread):
         self.model.process.kill()
         self.model.process.wait()
 
-    @property
-    def recoveries(self) -> int:
-        """How often its physical function was reset and brought up again."""
-        return self.device.statistics()["pf_recoveries"]
+    def count(self, name: str) -> int:
+        """One of its physical function's counts: `recoveries`, `timeouts`."""
+        return self.device.statistics().get(f"pf_{name}", 0)
 
     @property
     def is_up(self) -> bool:

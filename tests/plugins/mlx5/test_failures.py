@@ -21,7 +21,7 @@ from vfu_server.testing import Guest, GuestMemory, ReplyError, migrate_guest
 from vfu_server.uapi import MigState
 
 SIDES = ("source", "destination")
-FEW = 3
+FEW = 2
 """Places of each kind and side that belong to the usual run."""
 FRAMES = 10
 MEMORY = 2 * MB
@@ -134,7 +134,7 @@ def record(pair: Pair, side: str, *, commands: bool) -> list[str]:
         pair.side(side).orders.arm(0, refuse, commands=commands)
         attempt.run()
         assert attempt.go_on() == "moved", attempt.failed
-        return pair.side(side).orders.calls
+        return list(pair.side(side).orders.calls)
 
 
 def strike_at(pair: Pair, name: str, nth: int, kind: str) -> str:
@@ -143,7 +143,7 @@ def strike_at(pair: Pair, name: str, nth: int, kind: str) -> str:
     strikes = {"access": refuse, "dead": side.kill}
     with ExitStack() as stack:
         attempt = Attempt(stack, pair)
-        recoveries = side.recoveries
+        before = {name: side.count(name) for name in ("recoveries", "timeouts")}
         strike = strikes.get(kind) or (lambda: side.order(FIRMWARE[kind]))
         side.orders.arm(nth, strike, commands=kind != "access")
         attempt.run()
@@ -155,13 +155,15 @@ def strike_at(pair: Pair, name: str, nth: int, kind: str) -> str:
         elif kind == "dead":
             result = "gone with its card" if attempt.is_at == name else attempt.go_on()
         elif kind == "health":
-            until(lambda: side.recoveries > recoveries, "a recovery", SECONDS)
+            until(lambda: side.count("recoveries") > before["recoveries"], "a recovery", SECONDS)
             until(lambda: side.is_up, "the end of a recovery", SECONDS)
             result = attempt.begin_anew() if attempt.is_at == name else attempt.go_on()
         else:
             side.order(FIRMWARE[kind], 0) if kind in FIRMWARE else None
             result = attempt.go_on()
             assert "reset" not in result or kind in UNKNOWN, (result, attempt.failed)
+            if kind == "lost":  # one that feeds pages holds the others up until it is given up
+                until(lambda: side.count("timeouts") > before["timeouts"], "the end of patience", SECONDS)
     if kind == "dead" and struck:
         pair.drop(name)
     with ExitStack() as stack:
@@ -176,7 +178,8 @@ def strike_at(pair: Pair, name: str, nth: int, kind: str) -> str:
 def all_of(pair: Pair, side: str, kind: str, count: int | None) -> str:
     """Strike at all places, or at `count` of them, spread; a line that says what became of them."""
     places = record(pair, side, commands=kind != "access")
-    chosen = range(len(places)) if count is None else range(0, len(places), max(1, len(places) // count))
+    step = 1 if count is None else max(1, len(places) // count)
+    chosen = range(step // 2, len(places), step)
     results: Counter[str] = Counter()
     wrong = []
     for n in chosen:
