@@ -14,6 +14,9 @@ from plugins.mlx5.models.image import FULL, INCREMENTAL, Body, Geometry, Pattern
 from plugins.mlx5.models.queue import CommandQueue
 from plugins.mlx5.models.segment import Segment
 
+NOTHING_WANTED: Mapping[str, Any] = {"promisc": 0, "lists": {}}
+"""Of a vport, as after a reset."""
+
 
 @dataclass(slots=True)
 class Series:
@@ -99,7 +102,7 @@ class Vhca:
             self.function.queue.reset()
             self.function.segment.reset()
             self.function.issi = 0
-            self.function.want({"promisc": 0, "lists": {}})
+            self.function.want(NOTHING_WANTED)
 
     # bodies
 
@@ -116,8 +119,9 @@ class Vhca:
             "queue": self.parts.segment.snapshot(),
             "waiting": self.parts.queue.waiting,
             "issi": self.parts.issi,
-            "vport": self.parts.wanted(),
         }
+        if (wanted := self.parts.wanted()) != NOTHING_WANTED:
+            state["vport"] = wanted
         meta = pack_meta(state, wire)
         if incremental:
             blocks = sorted(self.changed)
@@ -149,7 +153,7 @@ class Vhca:
         parts.segment.restore(state["queue"])
         parts.queue.restore(state["waiting"])
         parts.issi = state["issi"]
-        parts.want(state["vport"])
+        parts.want(state.get("vport", NOTHING_WANTED))
 
 
 def fresh_key(seed: str, index: int, generation: int) -> bytes:
