@@ -54,6 +54,11 @@ class Bus(Protocol):
         """MSI or MSI-X is in use: INTx is not driven by hardware then."""
         ...
 
+    @property
+    def msix_enabled(self) -> bool:
+        """It is MSI-X that is in use."""
+        ...
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call back after `seconds` of the model's time (scaled by `--time-scale`), under the lock."""
         ...
@@ -154,6 +159,7 @@ class _Unplugged:
     """The bus of a model that nobody plugged in yet."""
 
     messages_enabled = False
+    msix_enabled = False
 
     def dma_read(self, iova: int, length: int) -> bytes:
         raise BusError("not plugged in")

@@ -68,6 +68,10 @@ class FakeBus:
             return self.messages_on
         return self._model.config.msi_enabled or self._model.config.msix_enabled
 
+    @property
+    def msix_enabled(self) -> bool:
+        return self.messages_enabled and self._model.config.msix_enabled
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Alarm:
         assert seconds >= 0
         alarm = Alarm(self._time + seconds, next(self._numbers), callback)

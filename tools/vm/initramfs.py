@@ -61,7 +61,7 @@ def initramfs(root: Path, kernel: Kernel, shares: str, job: str) -> bytes:
     cpio.add("busybox", stat.S_IFREG | 0o755, (root / BUSYBOX).read_bytes())
     for number, module in enumerate(early_modules(kernel)):
         # Debian compresses modules; without modprobe they have to be loaded as they are, in this order.
-        cpio.add(f"modules/{number:02}-{module.name.removesuffix('.xz')}", stat.S_IFREG | 0o644, _module(module))
+        cpio.add(f"modules/{number:02}-{module.name.removesuffix('.xz')}", stat.S_IFREG | 0o644, plain_module(module))
     return cpio.finish()
 
 
@@ -85,6 +85,7 @@ def _dependencies(text: str) -> dict[str, list[str]]:
     return {Path(paths[0]).name.split(".")[0].replace("-", "_"): paths for paths in lines if paths}
 
 
-def _module(path: Path) -> bytes:
+def plain_module(path: Path) -> bytes:
+    """A module as the kernel takes it, whatever it is compressed with."""
     data = path.read_bytes()
     return lzma.decompress(data) if path.suffix == ".xz" else data

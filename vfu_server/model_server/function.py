@@ -17,7 +17,7 @@ from vfu_server.model_server.clock import Alarm, Clock
 from vfu_server.model_server.memory import ClientMemory
 from vfu_server.pciconfig import Msix
 from vfu_server.policy import WIDTH_ANY, WIDTHS_REGISTER, Answer, Answers, Policy, Rule
-from vfu_server.uapi import RegionIndex
+from vfu_server.uapi import IrqIndex, RegionIndex
 
 
 class Function:
@@ -214,6 +214,11 @@ class Function:
     def messages_enabled(self) -> bool:
         """See `model.Bus`. What counts is SET_IRQS, as under vfio-pci; enable bits of config space are the client's."""
         return self._irq.messages_enabled
+
+    @property
+    def msix_enabled(self) -> bool:
+        """See `model.Bus`."""
+        return self._irq.mode is IrqIndex.MSIX
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Alarm:
         """See `model.Bus`."""

@@ -109,7 +109,7 @@ class E1000eDevice(Device):
         if not self._held:
             return
         async with self._engine.reachable():
-            self._rest.start(self._held)
+            await self._rest.start(self._held)
 
     async def reset(self) -> None:
         """The door's, where it has one, then ours, which reaches the registers; nothing of the guest's is left."""

@@ -33,7 +33,11 @@ from vfu_server.pciconfig import PciConfig
 from vfu_server.regmap import Block
 
 ADDRESS = bytes.fromhex("525400123456")
-NVM = [*(int.from_bytes(ADDRESS[at : at + 2], "little") for at in (0, 2, 4)), *range(0x1003, 0x1040)]
+NVM_WORDS, NVM_SUM = 0x40, 0xBABA
+NVM = [int.from_bytes(ADDRESS[at : at + 2], "little") for at in (0, 2, 4)]
+NVM += [0] * (NVM_WORDS - 1 - len(NVM))
+NVM.append(NVM_SUM - sum(NVM) & 0xFFFF)
+"""The address, and what makes the sum right (6.1); nothing of it is configured otherwise."""
 EN, LINK_UP, GIGABIT, FULL_DUPLEX = 1 << 1, 1 << 1, 2 << 6, 1
 RST, PHY_RST, MASTER_DISABLE, MASTER_ENABLED = 1 << 26, 1 << 31, 1 << 2, 1 << 19
 NVM_PRESENT, AUTO_RD = 1 << 8, 1 << 9
@@ -144,13 +148,9 @@ class E1000eModel(RegisterModel):
             self["EERD"] = address << 2
 
     def write_MDIC(self, value: int) -> None:
-        """A register of the PHY, a moment later."""
+        """A register of the PHY. At once, since drivers give it milliseconds and a busy machine takes more."""
         self["MDIC"] = value & ~(1 << 28)
-        if not self.faults.take("phy-silent"):
-            self.later(0.00006, lambda: self._answer_mdic(value))
-
-    def _answer_mdic(self, value: int) -> None:
-        if self["MDIC"] != value & ~(1 << 28):
+        if self.faults.take("phy-silent"):
             return
         answer = self._phy.command(value, keeps=bool(value >> 26 & 1) and self.faults.take("phy-keeps"))
         self["MDIC"] = value & ~0xFFFF | answer | 1 << 28
@@ -173,7 +173,7 @@ class E1000eModel(RegisterModel):
         """Causes. They are taken if none is let through, or if an interrupt was asserted (10.2.4.1)."""
         value = self["ICR"]
         asserted = bool(value & self["IMS"])
-        if not self["IMS"] or asserted or not self.config.msix_enabled:
+        if not self["IMS"] or asserted or not self.bus.msix_enabled:
             self["ICR"] = 0
         if asserted and self["CTRL_EXT"] & IAME:
             self["IMS"] &= ~self["IAM"]
@@ -210,7 +210,7 @@ class E1000eModel(RegisterModel):
     def _signal(self, causes: int) -> None:
         if not causes:
             return
-        if self.config.msix_enabled:
+        if self.bus.msix_enabled:
             for place in range(PLACES):
                 if causes & RXQ0 << place:
                     self._message(place)
@@ -296,7 +296,7 @@ class E1000eModel(RegisterModel):
                 return  # as on hardware: it hangs
             if frame:
                 self._sent(frame)
-            self.cause((TXDW if not self.config.msix_enabled else 0) | TXQ0 << n)
+            self.cause((TXDW if not self.bus.msix_enabled else 0) | TXQ0 << n)
             more = more or ring.waiting
         if more:
             self._transmit_later()
@@ -321,7 +321,7 @@ class E1000eModel(RegisterModel):
         if taken:
             self.count("GPRC")
             self.count_bytes(len(frame) + 4, "GORC")
-            self.cause((RXT0 if not self.config.msix_enabled else 0) | RXQ0)
+            self.cause((RXT0 if not self.bus.msix_enabled else 0) | RXQ0)
         else:
             self.count("MPC", "RNBC")
             self.cause(RXO)

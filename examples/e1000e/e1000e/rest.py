@@ -18,6 +18,10 @@ DRAIN_SECONDS = 2.0
 QUIET_SECONDS = 0.5
 """With the PHY's and the wake-up's, all of it is below the 4 s that the server gives a stop."""
 RESET_SECONDS, MASTER_SECONDS = 1.0, 0.2
+MESSAGE_SECONDS = 0.05
+"""Longer than EITR can put a message off: 65535 times 256 ns."""
+MESSAGES = 0x01F00000
+"""Causes that have messages of their own."""
 ALL = 0xFFFFFFFF
 CTRL = MAC["CTRL"]
 RST, PHY_RST, MASTER_DISABLE = (CTRL.field(name).mask for name in ("RST", "PHY_RST", "GIO_MASTER_DISABLE"))
@@ -98,9 +102,34 @@ class Rest:
         engine.write("SWSM", seen["SWSM"])  # to read it is to take it
         return seen
 
-    def start(self, held: dict[str, int]) -> None:
-        """Undo stop, also on a card that was restored: transmit, receive, and interrupts last."""
-        self._go_on(held)
+    async def start(self, held: dict[str, int]) -> None:
+        """Undo stop, also on a card that was restored: transmit, receive, interrupts last. Raised: it is stopped."""
+        try:
+            self._go_on(held)
+            await self._messages_again(held["IMS"])
+        except BaseException:
+            self._engine.write("IMC", ALL)
+            for name in RUNNING:
+                self._engine.write(name, held[name] & ~EN)
+            raise
+
+    async def _messages_again(self, mask: int) -> None:
+        """Messages that masked their own cause (EIAC) are sent once more: nobody knows whether the guest has seen them.
+
+        A VMM may have been stopped with a message in its hands; the cause is gone from ICR then, and the guest's driver
+        waits for ever. To a driver that has seen it another one says that there is nothing to do.
+        """
+        engine = self._engine
+        again = engine.read("EIAC") & MESSAGES & ~mask
+        if not again:
+            return
+        engine.write("IMS", again)
+        engine.write("ICS", again)
+        with suppress(DeadlineError):
+            await engine.until(lambda: not engine.read("IMS") & again, MESSAGE_SECONDS, "a message does not go", "IMS")
+        if left := engine.read("IMS") & again:  # no message is set up for these
+            engine.write("IMC", left)
+            engine.write("ICR", left)
 
     def _go_on(self, held: dict[str, int]) -> None:
         engine = self._engine

@@ -17,7 +17,7 @@ PHY = 1 << 21
 READ, WRITE = 2 << 26 | PHY, 1 << 26 | PHY
 PAGE, ADVERTISED, LED = 22, 4, 16
 EN, RST = 1 << 1, 1 << 26
-LSC, TXDW = 4, 1
+LSC, TXDW, RXQ0, TXQ0 = 4, 1, 1 << 20, 1 << 22
 
 
 def get(guest, name):
@@ -161,6 +161,22 @@ def test_causes_and_mask_arrive_and_interrupt(vfu_pair):
     assert pair.destination.interrupts.wait(0, SECONDS) >= 1
     assert get(pair.destination, "IMS") == LSC
     assert get(pair.destination, "ICR") & (TXDW | LSC) == TXDW | LSC
+
+
+def test_a_message_that_masked_its_cause_and_may_be_lost_is_sent_again(vfu_pair):
+    pair = vfu_pair(e1000e, MODEL)
+    pair.source.enable_msix(3)
+    put(pair.source, "IVAR", 0x8 | 0x9 << 8)
+    put(pair.source, "EIAC", RXQ0 | TXQ0 | 1 << 21)  # the last has no message
+    put(pair.source, "IMS", RXQ0 | TXQ0)
+    put(pair.source, "ICS", TXQ0)
+    assert pair.source.interrupts.wait(1, SECONDS) == 1
+    assert get(pair.source, "IMS") == RXQ0
+    migrate_guest(pair.source, pair.destination)
+    assert pair.destination.interrupts.wait(1, SECONDS) == 1
+    assert pair.destination.interrupts.count(0) == 0
+    assert get(pair.destination, "IMS") == RXQ0
+    assert get(pair.destination, "ICR") & (RXQ0 | TXQ0 | 1 << 21) == 0
 
 
 def test_the_semaphores_stay_with_their_owner(vfu_pair):
