@@ -21,6 +21,7 @@ MEMORY_REGIONS = (BAR_MAC, BAR_FLASH, BAR_IO, BAR_MSIX, int(RegionIndex.ROM))
 HEADS = {f"{ring}[{n}].{ring[0]}DT": f"{ring}[{n}].{ring[0]}DH" for ring in ("RX", "TX") for n in (0, 1)}
 """Tail to head."""
 IOADDR, IODATA = IO["IOADDR"].offset, IO["IODATA"].offset
+CONTROLS = (MAC["CTRL"].offset, MAC["CTRL_DUP"].offset)
 EERD_START, EERD_DONE, EERD_ADDRESS = 1, 2, 0xFFFC
 
 
@@ -77,20 +78,17 @@ class E1000eDevice(Device):
         if offset % 4:
             raise ClientError(f"a write of {width} bytes at {offset:#x}: registers have 4 and lie at multiples of 4")
         with self.lock:
-            if region == BAR_MAC:
-                self._write_control(offset, value)
-            elif offset == IOADDR:
+            if region == BAR_IO and offset == IOADDR:
                 self._io_address = value
-            elif self._io_address in (MAC["CTRL"].offset, MAC["CTRL_DUP"].offset):
-                self._write_control(self._io_address, value)
-            elif self._window_writes(self._io_address):
-                self.host.write(BAR_IO, IOADDR, 4, self._io_address)
+                return
+            address = offset if region == BAR_MAC else self._io_address
+            if region == BAR_MAC:
+                self.host.write(region, offset, width, value)
+            elif self._window_writes(address):
+                self.host.write(BAR_IO, IOADDR, 4, address)
                 self.host.write(BAR_IO, IODATA, 4, value)
-
-    def _write_control(self, offset: int, value: int) -> None:
-        self.host.write(BAR_MAC, offset, 4, value)
-        if value & RST:
-            self._counted.forget()
+            if address in CONTROLS and value & RST:
+                self._counted.forget()
 
     @staticmethod
     def _window_writes(address: int) -> bool:

@@ -206,6 +206,24 @@ def test_the_window_of_bar_2_knows_what_is_trapped(vfu_pair):
     assert get(guest, "EEWR") == 0
 
 
+@pytest.mark.parametrize("window", [False, True])
+def test_a_reset_by_the_guest_is_the_end_of_what_was_counted(vfu_pair, window):
+    pair = vfu_pair(e1000e, MODEL)
+    traffic_of(pair.source).exchange(3)
+    migrate_guest(pair.source, pair.destination)
+    guest = pair.destination
+    guest.write(BAR_IO, 0, 4, MAC["MTA[1].word"].offset)
+    guest.write(BAR_IO, 4, 4, RST)
+    if window:
+        guest.write(BAR_IO, 0, 4, MAC["CTRL"].offset)
+        guest.write(BAR_IO, 4, 4, RST)
+    else:
+        assert get(guest, "GPTC") == 3
+        put(guest, "CTRL_DUP", RST)
+    assert (get(guest, "GPTC"), get(guest, "GPRC")) == (0, 0)
+    assert get(guest, "MTA[1].word") == RST
+
+
 def test_a_function_that_sleeps_with_memory_off_is_moved(vfu_pair):
     pair = vfu_pair(e1000e, MODEL)
     put(pair.source, "MTA[1].word", 0x42)
