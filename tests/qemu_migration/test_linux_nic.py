@@ -47,7 +47,7 @@ def boot_files(folder: Path) -> list[str]:
     (folder / "initrd").write_bytes(cpio.finish())
     return [
         *("-kernel", str(stock.image), "-initrd", str(folder / "initrd")),
-        *("-append", "console=ttyS0 panic=-1 mitigations=off"),
+        *("-append", "console=ttyS0 quiet loglevel=0 panic=-1 mitigations=off"),
     ]
 
 
