@@ -141,8 +141,11 @@ class E1000eDevice(Device):
         found = await self._engine.read_all(PLAIN)
         registers = {name: value & ~IGNORED.get(name, 0) for name, value in found.items()} | self._held
         async with self._phy.owned():
-            phy = await self._phy.read_saved()
-            await self._phy.again(self._held["MDIC"])
+            try:
+                phy = await self._phy.read_saved()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._phy.again(self._held["MDIC"])
         return State(registers, phy, await self._counts(), self._io_address)
 
     async def _counts(self) -> dict[str, int]:

@@ -7,6 +7,8 @@ it, by a bit of EXTCNF_CTRL; a guest that owned it when it was stopped owns it s
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import trio
+
 from e1000e.engine import Engine
 from e1000e.registers import MAC
 from vfu_server.errors import HostError, RestoreError
@@ -74,10 +76,13 @@ class Phy:
         """The values of SAVED, and the page."""
         page = await self.read(PAGE)
         values = []
-        for of_page, register in SAVED:
-            await self.write(PAGE, of_page)
-            values.append(await self.read(register) & ~(ACTS if register == CONTROL else 0))
-        await self.write(PAGE, page)
+        try:
+            for of_page, register in SAVED:
+                await self.write(PAGE, of_page)
+                values.append(await self.read(register) & ~(ACTS if register == CONTROL else 0))
+        finally:
+            with trio.CancelScope(shield=True):  # a guest that goes on finds its page
+                await self.write(PAGE, page)
         return (*values, page)
 
     async def write_saved(self, values: tuple[int, ...]) -> None:

@@ -52,10 +52,10 @@ class Rest:
             await self._phy.ready()
             await engine.until(self._nvm_read, QUIET_SECONDS, "the NVM does not answer", "EERD")
             held["ICR"] = engine.read("ICR") & CAUSES
+            return held | self._seen()
         except BaseException:
             self._go_on(held)
             raise
-        return held | self._seen()
 
     def _write_back(self) -> None:
         """Descriptors that are done and interrupts that were put off go out now."""

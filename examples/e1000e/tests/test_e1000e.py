@@ -2,6 +2,9 @@
 
 import e1000e
 import pytest
+import trio
+from e1000e.engine import Engine
+from e1000e.phy import Phy
 from e1000e.registers import BAR_FLASH, BAR_IO, BAR_MAC, COUNTERS, MAC
 from e1000e.statistics import Counted
 from e1000e.traffic import Traffic
@@ -322,6 +325,30 @@ def test_a_card_that_does_not_take_its_state(vfu_pair, fault):
     pair.models[1].order_fault(fault, 0)
     guest.client.reset()
     assert guest.client.mig_state() is MigState.RUNNING
+
+
+def test_a_save_that_is_given_up_leaves_the_page_of_the_phy(vfu_fake_host):
+    host, scope, page, chosen = vfu_fake_host(MAC), trio.CancelScope(), [3], []
+
+    def command(value):
+        if value & ~0xFFFF == WRITE | PAGE << 16:
+            page[0] = value & 0xFFFF
+            chosen.append(page[0])
+            if len(chosen) == 5:
+                scope.cancel()
+                return value  # no answer yet: somebody waits
+        return value & ~0xFFFF | page[0] | 1 << 28
+
+    async def main():
+        phy = Phy(Engine(host))
+        with scope:
+            async with phy.owned():
+                await phy.read_saved()
+
+    host.on_write["MDIC"] = command
+    trio.run(main)
+    assert scope.cancelled_caught
+    assert chosen == [0, 0, 0, 0, 0, 3]
 
 
 def test_a_reset_leaves_nothing(one):
