@@ -26,6 +26,9 @@ from vfu_server.uapi import Command, Feature, IrqIndex, MigState, RegionIndex
 
 log = logging.getLogger(__name__)
 
+SAVING = (MigState.PRE_COPY, MigState.PRE_COPY_P2P, MigState.STOP_COPY)
+"""States in which a device's state is read."""
+
 Answer = TypeVar("Answer")
 
 QUESTION_DEADLINE = 1.0
@@ -160,7 +163,7 @@ class Messages:
         One that has begun goes on, here or at its destination, where the guest's BARs are not known until the state is
         loaded.
         """
-        return self._migration.state is MigState.RUNNING and self._memory.out_of_reach()
+        return self._migration.state not in (*SAVING, MigState.RESUMING) and self._memory.out_of_reach()
 
     async def _precopy_info(self, request: FeatureRequest) -> bytes:
         if request.set:
@@ -197,9 +200,9 @@ class Messages:
     async def _device_state(self, request: FeatureRequest) -> bytes:
         if request.set:
             wanted = feature.wanted_state(request)
-            # A refusal, to a client that was offered migration before. Told that there is no such feature, or refused
-            # the present state as well, QEMU would reset the device, which is at work.
-            if self._barred() and wanted != self._migration.state:
+            # A refusal, to a client that was offered migration before. Told that there is no such feature, QEMU would
+            # reset the device, which is at work; and it stops and starts devices with the machine in any case.
+            if wanted in SAVING and self._barred():
                 raise StateError("there is guest memory that the hardware cannot reach: no migration begins")
             await self._migration.set_state(wanted)
         return feature.state_reply(request, self._migration.state)
