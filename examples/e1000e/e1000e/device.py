@@ -1,5 +1,7 @@
 """An 82574L under this plugin's care: the contract's methods, each in terms of engine, PHY, rest and state."""
 
+from collections.abc import Mapping
+
 import trio
 
 from e1000e.engine import Engine
@@ -138,15 +140,16 @@ class E1000eDevice(Device):
         return sum(SIZES.values())
 
     async def _read(self) -> State:
-        found = await self._engine.read_all(PLAIN)
-        registers = {name: value & ~IGNORED.get(name, 0) for name, value in found.items()} | self._held
+        registers = _plain(await self._engine.read_all(PLAIN)) | self._held
+        return State(registers, await self._read_phy(), await self._counts(), self._io_address)
+
+    async def _read_phy(self) -> tuple[int, ...]:
         async with self._phy.owned():
             try:
-                phy = await self._phy.read_saved()
+                return await self._phy.read_saved()
             finally:
                 with trio.CancelScope(shield=True):
                     await self._phy.again(self._held["MDIC"])
-        return State(registers, phy, await self._counts(), self._io_address)
 
     async def _counts(self) -> dict[str, int]:
         counts = {}
@@ -174,13 +177,23 @@ class E1000eDevice(Device):
         """Into a card that was just reset; heads while it is off, tails not before the start. Then read it all back."""
         state = state_of(self._payloads)
         async with self._engine.reachable():
-            await self._rest.reset()
-            await self._write(state)
-            self._verify(state, await self._read())
+            await self._rest.reset(tables=False)
+            await self._write_registers(state.registers)
+            await self._write_rest(state)
+            await self._verify(state)
 
-    async def _write(self, state: State) -> None:
+    async def _write_registers(self, wanted: Mapping[str, int]) -> None:
+        """PLAIN, where the card has something else: most are as after a reset. RestoreError names one that it keeps."""
+        found = _plain(await self._engine.read_all(PLAIN))
+        written = {name: wanted[name] for name in PLAIN if found[name] != wanted[name]}
+        await self._engine.write_all(written)
+        for name, value in _plain(await self._engine.read_all(written)).items():
+            if value != wanted[name]:
+                decoded = MAC[name].decode(value)
+                raise RestoreError(f"{self.host.name}: {decoded} after {wanted[name]:#x} was written")
+
+    async def _write_rest(self, state: State) -> None:
         engine, held = self._engine, {name: state.registers[name] for name in HELD}
-        await engine.write_all({name: state.registers[name] for name in PLAIN})
         for tail, head in HEADS.items():
             engine.write(tail, state.registers[head])  # an empty ring, until it is told how full
         for name in ("RCTL", "TCTL"):
@@ -199,15 +212,16 @@ class E1000eDevice(Device):
             self._io_address = state.io_address
         self._held = held
 
-    def _verify(self, wanted: State, found: State) -> None:
-        """RestoreError names what the card did not take. HELD is written at the start, but for these two."""
-        for name in PLAIN:
-            if found.registers[name] != wanted.registers[name]:
-                decoded = MAC[name].decode(found.registers[name])
-                raise RestoreError(f"{self.host.name}: {decoded} after {wanted.registers[name]:#x} was written")
-        if found.phy != wanted.phy:
-            raise RestoreError(f"{self.host.name}: the PHY reads {found.phy}, not {wanted.phy}")
+    async def _verify(self, wanted: State) -> None:
+        """RestoreError. The rest of HELD is written at the start."""
+        if (found := await self._read_phy()) != wanted.phy:
+            raise RestoreError(f"{self.host.name}: the PHY reads {found}, not {wanted.phy}")
         semaphore = self._engine.read("SWSM") & SEMAPHORE
         self._engine.write("SWSM", self._held["SWSM"])
         if semaphore & ~1 != self._held["SWSM"] & ~1:
             raise RestoreError(f"{self.host.name}: {MAC['SWSM'].decode(semaphore)}")
+
+
+def _plain(found: Mapping[str, int]) -> dict[str, int]:
+    """Registers without the bits that act and do not stay."""
+    return {name: value & ~IGNORED.get(name, 0) for name, value in found.items()}

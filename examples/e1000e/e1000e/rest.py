@@ -145,8 +145,11 @@ class Rest:
         engine.write("ICS", causes)
         engine.read("STATUS")
 
-    async def reset(self) -> None:
-        """The MAC as after power up, all of it that software can reach; it does no DMA afterwards. DeadlineError."""
+    async def reset(self, *, tables: bool = True) -> None:
+        """The MAC as after power up, all of it that software can reach; it does no DMA afterwards. DeadlineError.
+
+        Without `tables` what the card's own reset leaves is left: for who writes all of it next.
+        """
         engine = self._engine
         engine.write("IMC", ALL)
         for name in RUNNING:
@@ -159,7 +162,8 @@ class Rest:
         await engine.until(self._is_reset, RESET_SECONDS, "the reset does not end", "CTRL", "EEC")
         engine.write("IMC", ALL)
         engine.write("CTRL", engine.read("CTRL") & ~(IGNORED["CTRL"] | MASTER_DISABLE))
-        await engine.write_all(AS_RESET)  # the filters' tables survive it
+        if tables:
+            await engine.write_all(AS_RESET)
         engine.read("ICR")
         await engine.read_all(COUNTERS)  # which clears them, whatever the reset did
 
