@@ -172,7 +172,7 @@ work(int fd)
             missing &= ~bit;
         }
         lost += (unsigned)__builtin_popcount(missing);
-        printf("round %lu interrupts %lu idle %lu\n", round, answers, lost);
+        printf("round %lu answers %lu lost %lu\n", round, answers, lost);
     }
 }
 
