@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from plugins.hns.models.traffic import Traffic
+from tests.plugins.by_log import ByLog, LoggedMemory
 from tests.plugins.hns.behind_vfio import KernelSide
-from tests.plugins.hns.by_log import ByLog, LoggedMemory
 from tests.plugins.hns.served import SECONDS, Served
 from vfu_server.testing import Client, Guest, ReplyError
 from vfu_server.uapi import FEATURE_SET, PAGE_SIZE, Feature, MigState

@@ -13,7 +13,7 @@ from statistics import median
 import pytest
 
 from plugins.mlx5.models.traffic import Traffic
-from tests.plugins.hns.by_log import ByLog, LoggedMemory
+from tests.plugins.by_log import ByLog, LoggedMemory
 from tests.plugins.mlx5.served import MB, GuestPort, Served, two
 
 MEMORY = 2 * MB
