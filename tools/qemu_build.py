@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.debian_root import RootError
+from tools.foreign_build import foreign_environment
 from tools.qemu_root import QemuRoot, qemu_root
 from vfu_server.libvfio_user.upstream import cache, debian
 
@@ -132,15 +133,12 @@ def _check_programs() -> None:
 
 
 def _run(command: list[str], folder: Path, log: Path) -> None:
-    clean = {
-        name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-    }
     with open(log, "ab") as output:
         try:
             done = subprocess.run(
                 command,
                 cwd=folder,
-                env=clean | {"LC_ALL": "C"},
+                env=foreign_environment(LC_ALL="C"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from tools.debian_root import RootError
+from tools.foreign_build import foreign_environment
 
 FRAGMENT = Path(__file__).with_name("vfio-kernel.config")
 PROGRAMS = ("make", "gcc", "flex", "bison", "bc", "xz")
@@ -69,7 +70,7 @@ def _run(command: list[str], folder: Path, log: Path) -> None:
             done = subprocess.run(
                 command,
                 cwd=folder,
-                env=os.environ | REPRODUCIBLE,
+                env=foreign_environment(**REPRODUCIBLE),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.debian_root import RootError, RootSpec, debian_root
+from tools.foreign_build import foreign_environment
 from vfu_server.libvfio_user.upstream import cache
 
 # The oldest series with these tests is 6.18. A backport goes when a newer one comes, so the newest has to do then.
@@ -86,7 +87,12 @@ def _tarball() -> Path:
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(
-        ["nice", "-n", "19", *command], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        ["nice", "-n", "19", *command],
+        capture_output=True,
+        text=True,
+        env=foreign_environment(),
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     if done.returncode:
         raise RootError(f"making Linux's selftests failed: {'; '.join(done.stderr.splitlines()[-5:])}")
