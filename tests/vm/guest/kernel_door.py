@@ -19,6 +19,7 @@ from tests.vm.guest import checks, pci
 from tests.vm.guest.checks import equal
 from vfu_server import uapi
 from vfu_server.errors import HostError
+from vfu_server.host.in_kernel import InKernel
 from vfu_server.host.ioctl import native_ioctl
 from vfu_server.host.kernel import KernelHost, open_bdf
 from vfu_server.host.kernel_reset import Ladder
@@ -209,7 +210,7 @@ def check_resets() -> None:
         equal(await host.reset(), "DEVICE_RESET")
 
     async def of_the_bus(host: KernelHost) -> None:
-        ladder = Ladder(native_ioctl, host.name, host.attachment, set(), by_function=False)
+        ladder = Ladder(native_ioctl, host.name, host.attachment, set(), InKernel(host.name), by_function=False)
         equal((ladder.exists(), await ladder.reset()), (True, "PCI_HOT_RESET"))
         equal(host.identity().vendor, E1000_IDS[0])
 
